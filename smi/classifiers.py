@@ -1,0 +1,176 @@
+"""Classifiers: three architectures, a wrapper that normalises, and training.
+
+A model of this project maps float32 images ``[N, C, H, W]`` in [0, 1] to logits ``[N, classes]``; the normalisation
+lives inside `Classifier`, so that nothing outside a model ever sees normalised pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from smi.augment import random_affine, random_crop_flip
+from smi.checks import check_number
+from smi.compute import fast
+from smi.errors import InputError
+from smi.progress import track
+from smi.seeding import derive, stream
+from smi_kernels import Registry
+
+architectures: Registry[Callable[[int, int], nn.Module]] = Registry("architecture")
+
+
+def _conv(inputs: int, outputs: int, stride: int = 1, kernel: int = 3) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
+    )
+
+
+@architectures.register("small_cnn")
+def small_cnn(channels: int, num_classes: int) -> nn.Module:
+    """Five convolutions, three of them strided, and global pooling; 0.13 M weights: enough for digits."""
+    return nn.Sequential(
+        _conv(channels, 24, 2, kernel=5), _conv(24, 48), _conv(48, 64, 2), _conv(64, 64), _conv(64, 96, 2),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(96, num_classes),
+    )  # fmt: skip
+
+
+@architectures.register("small_vgg")
+def small_vgg(channels: int, num_classes: int) -> nn.Module:
+    """Six 3×3 convolutions with max pooling, 0.3 M weights: colour images on a CPU."""
+    return nn.Sequential(
+        _conv(channels, 32), _conv(32, 32), nn.MaxPool2d(2),
+        _conv(32, 64), _conv(64, 64), nn.MaxPool2d(2),
+        _conv(64, 128), _conv(128, 128), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(), nn.Linear(128, num_classes),
+    )  # fmt: skip
+
+
+class ResidualBlock(nn.Module):
+    """Two 3×3 convolutions with a shortcut (He et al., 2016, the basic block)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.first = _conv(inputs, outputs, stride)
+        self.second = nn.Sequential(nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs))
+        same = inputs == outputs and stride == 1
+        self.shortcut = (
+            nn.Identity()
+            if same
+            else nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, inputs, H, W]`` to ``[N, outputs, H / stride, W / stride]``."""
+        return F.relu(self.second(self.first(x)) + self.shortcut(x))
+
+
+@architectures.register("resnet18")
+def resnet18(channels: int, num_classes: int) -> nn.Module:
+    """ResNet-18 for 32×32 images: a 3×3 stem without pooling, 11.2 M weights."""
+    blocks = [_conv(channels, 64)]
+    for inputs, outputs, stride in [(64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2)]:
+        blocks += [ResidualBlock(inputs, outputs, stride), ResidualBlock(outputs, outputs, 1)]
+    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, num_classes))
+
+
+class Classifier(nn.Module):
+    """A body behind per-channel normalisation: images in [0, 1] in, logits out.
+
+    body: any module from normalised images to logits. mean, std: per channel, in units of [0, 1] pixels.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, body: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        if len(mean) != len(std) or min(std) <= 0:
+            raise InputError("mean and std need one value a channel, std above zero.")
+        self.body = body
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images ``[N, C, H, W]`` in [0, 1] to logits ``[N, classes]``."""
+        return self.body((images - self.mean) / self.std)
+
+
+def build_classifier(arch: str, channels: int, num_classes: int, *, seed: int = 0) -> Classifier:
+    """An untrained classifier; its initial weights depend on ``seed`` alone (the global generator is left untouched)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive(seed, "init"))
+        body = architectures[arch](channels, num_classes)
+    return Classifier(body, [0.5] * channels, [0.25] * channels)
+
+
+class TrainingSet(Protocol):
+    """Images, labels and a class count: a `PrivateSet` or a poisoned one."""
+
+    @property
+    def images(self) -> Tensor: ...
+    @property
+    def labels(self) -> Tensor: ...
+    @property
+    def num_classes(self) -> int: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How a classifier is trained: SGD with Nesterov momentum under a one-cycle schedule, label smoothing off.
+
+    augment: "affine" (small rotation, shift, zoom: digits), "crop_flip" (natural images), "crop" or "none".
+    """
+
+    arch: str = "small_cnn"
+    epochs: int = 12
+    batch_size: int = 128
+    lr: float = 0.1
+    weight_decay: float = 5e-4
+    augment: str = "affine"
+
+    def __post_init__(self) -> None:
+        if self.arch not in architectures:
+            architectures[self.arch]
+        if self.augment not in AUGMENTATIONS:
+            raise InputError(f"augment is {self.augment!r}. Allowed: {', '.join(AUGMENTATIONS)}.")
+        check_number("epochs", self.epochs, low=1, integer=True)
+        check_number("batch_size", self.batch_size, low=2, integer=True)
+
+
+AUGMENTATIONS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
+    "affine": lambda x, rng: random_affine(x, rng, degrees=8, shift=2, zoom=0.08),
+    "crop": lambda x, rng: random_crop_flip(x, rng, flip=False),
+    "crop_flip": random_crop_flip,
+    "none": lambda x, rng: x,
+}
+
+
+def train_classifier(data: TrainingSet, config: TrainConfig = TrainConfig(), *, seed: int = 0) -> Classifier:  # noqa: B008
+    """Train a classifier on ``data`` (a `PrivateSet`, or what `smi.poison` returns). Returned in eval mode.
+
+    The attacker's side of the story: with poisoned data the result is a backdoored model.
+    """
+    model = build_classifier(config.arch, data.images.shape[1], data.num_classes, seed=seed)
+    rng, augment = stream(seed, "train"), AUGMENTATIONS[config.augment]
+    steps = max(1, len(data.images) // config.batch_size)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=config.lr, momentum=0.9, nesterov=True, weight_decay=config.weight_decay
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=config.epochs * steps)
+    model.train()
+    with fast(model) as run:
+        for _ in track(range(config.epochs), "training", config.epochs):
+            order = torch.randperm(len(data.images), generator=rng)
+            for batch in order.tensor_split(steps):
+                loss = F.cross_entropy(run(augment(data.images[batch], rng)), data.labels[batch])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+    return model.eval()

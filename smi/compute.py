@@ -1,0 +1,67 @@
+"""How models are run: channels-last and bfloat16 where the CPU has it, in batches, always with float32 logits."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from smi.checks import device_of, evaluating
+
+
+def bf16_is_fast() -> bool:
+    """Whether this CPU multiplies bfloat16 natively (AVX512-BF16 or AMX); elsewhere float32 is both faster and exact."""
+    return torch.backends.mkldnn.is_available() and "AVX512" in torch.backends.cpu.get_cpu_capability() and (
+        torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported()
+    )
+
+
+class Runner(Protocol):
+    """Runs a model on images, with its own parameters or with those given by name."""
+
+    def __call__(self, images: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor: ...
+
+
+def mixed(device: torch.device) -> torch.autocast:
+    """bfloat16 autocast where that is quick on ``device``, nothing elsewhere."""
+    low = device.type == "cuda" or (device.type == "cpu" and bf16_is_fast())
+    return torch.autocast(device.type, torch.bfloat16, enabled=low, cache_enabled=False)
+
+
+@contextmanager
+def fast(model: nn.Module) -> Iterator[Runner]:
+    """Yields a function from images to float32 outputs that runs ``model`` the quick way, and differentiates.
+
+    The body runs in bfloat16 under autocast where that is quick; outputs are float32, because a log-softmax in
+    bfloat16 is useless.
+    """
+    device = device_of(model)
+
+    def run(images: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+        layout = torch.channels_last if images.ndim == 4 else torch.preserve_format
+        images = images.to(device, memory_format=layout)
+        with mixed(device):
+            out = model(images) if parameters is None else functional_call(model, dict(parameters), (images,))
+        return out.float()
+
+    yield run
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    """A copy in eval mode whose parameters ask for no gradient: what inversion and inner problems run.
+
+    Channels-last, which makes a generator 1.5 times as fast on a CPU.
+    """
+    return copy.deepcopy(model).eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def predict(model: nn.Module, images: Tensor, *, batch_size: int = 512) -> Tensor:
+    """Logits float32 ``[N, classes]`` on the CPU, in eval mode, in batches."""
+    with evaluating(model), fast(model) as run:
+        return torch.cat([run(batch).cpu() for batch in images.split(batch_size)])

@@ -1,0 +1,161 @@
+"""What a defense is: a suspect model and samples in, a repaired model out. It never sees private data or a trigger."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from smi.checks import check_model, check_number
+from smi.compute import Runner, fast, frozen
+from smi.domains.base import PublicImages, Samples
+from smi.errors import InputError
+from smi.seeding import stream
+from smi_kernels import Registry
+
+
+@dataclass(frozen=True, eq=False)
+class Repair:
+    """The outcome of a removal.
+
+    model: the repaired model, in eval mode. defense, source: names for tables. settings: what the defense ran with,
+    what it chose itself included. log: curves and findings by name. delta: universal δ per target found on the suspect
+    model ``[T, C, H, W]``, where the defense looks for them.
+    """
+
+    model: nn.Module
+    defense: str
+    source: str
+    settings: dict[str, Any]
+    log: dict[str, Any] = field(default_factory=dict)
+    delta: Tensor | None = None
+
+    def __repr__(self) -> str:
+        return f"Repair(by {self.defense} on {self.source} samples)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defense:
+    """Base of every defense."""
+
+    name = "defense"
+
+    def repair(
+        self, model: nn.Module, samples: Samples, public: PublicImages | None = None, *, seed: int = 0
+    ) -> Repair:
+        """Repair a copy of ``model``; the model passed in is left as it is.
+
+        samples: labelled images (`smi.invert` makes them). public: unlabelled public images, on which the repaired
+        model is held to the suspect model's own outputs where the defense distils. Raises `InputError` for anything
+        else, a `PrivateSet` or an attack above all.
+        """
+        if not isinstance(samples, Samples):
+            raise InputError(
+                f"A defense takes Samples, not {type(samples).__name__}. Make them with smi.invert(model, prior, ...); "
+                "private data and triggers belong to the evaluator."
+            )
+        if public is not None and not isinstance(public, PublicImages):
+            raise InputError(f"public is a {type(public).__name__}. Allowed: PublicImages, or None.")
+        check_model(model, samples.images, samples.num_classes)
+        if public is not None and public.images.shape[1:] != samples.images.shape[1:]:
+            raise InputError(
+                f"Public images are {tuple(public.images.shape[1:])}, the samples {tuple(samples.images.shape[1:])}. "
+                "Resize the public images."
+            )
+        return self._repair(model, samples, public, seed)
+
+    def _repair(self, model: nn.Module, samples: Samples, public: PublicImages | None, seed: int) -> Repair:
+        raise NotImplementedError
+
+    def settings(self) -> dict[str, Any]:
+        """The configuration, for the record."""
+        return {"defense": self.name} | asdict(self)
+
+
+defenses: Registry[type[Defense]] = Registry("defense")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The outer loop that defenses share: AdamW with cosine decay over ``rounds`` passes over the samples.
+
+    batch_size: samples a step. distill: weight of ``KL(suspect ‖ repaired)`` on the unstamped samples and on as many
+    public images a step; 0 switches it off.
+    """
+
+    rounds: int = 30
+    lr: float = 1e-3
+    batch_size: int = 100
+    weight_decay: float = 0.01
+    distill: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_number("rounds", self.rounds, low=1, integer=True)
+        check_number("batch_size", self.batch_size, low=2, integer=True)
+        check_number("lr", self.lr, low=0)
+        check_number("distill", self.distill, low=0)
+
+
+class Distillation:
+    """``KL(suspect ‖ repaired)`` on samples and public images: what stands for accuracy where nobody has clean data."""
+
+    def __init__(self, model: nn.Module, public: PublicImages | None, rng: torch.Generator) -> None:
+        self._teacher = frozen(model)
+        self._public, self._rng = public, rng
+
+    def __call__(self, run: Runner, images: Tensor, outputs: Tensor | None = None) -> Tensor:
+        """Scalar loss. outputs: the repaired model's logits on ``images`` where they are known already."""
+        if self._public is not None:
+            extra = self._public.images[torch.randint(len(self._public), (len(images),), generator=self._rng)]
+            images = torch.cat([images, extra])
+        with torch.no_grad(), fast(self._teacher) as teach:
+            wanted = F.log_softmax(teach(images), 1)
+        return F.kl_div(F.log_softmax(run(images), 1), wanted, reduction="batchmean", log_target=True)
+
+
+StepLoss = Callable[[Runner, Tensor, Tensor], Tensor]
+BeforeRound = Callable[[nn.Module, int], None]
+
+
+def train_repair(
+    model: nn.Module,
+    samples: Samples,
+    schedule: Schedule,
+    loss: StepLoss,
+    *,
+    seed: int,
+    before_round: BeforeRound | None = None,
+) -> tuple[nn.Module, list[float]]:
+    """The shared loop. ``loss(run, images, labels)`` is minimised on shuffled batches, in eval mode throughout.
+
+    Eval mode keeps BatchNorm statistics, which a few hundred samples would spoil. ``before_round(model, round)`` is
+    called before each pass. Returns the repaired copy and the mean loss of each round.
+    """
+    repaired = copy.deepcopy(model).eval()
+    optimizer = torch.optim.AdamW(repaired.parameters(), schedule.lr, weight_decay=schedule.weight_decay)
+    steps = max(1, len(samples) // schedule.batch_size)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, schedule.rounds * steps)
+    rng, curve = stream(seed, "repair"), []
+    for index in range(schedule.rounds):
+        if before_round is not None:
+            before_round(repaired, index)
+        total = 0.0
+        with fast(repaired) as run:
+            for batch in _batches(len(samples), steps, rng):
+                value = loss(run, samples.images[batch], samples.labels[batch])
+                optimizer.zero_grad()
+                value.backward()
+                optimizer.step()
+                decay.step()
+                total += value.item()
+        curve.append(total / steps)
+    return repaired, curve
+
+
+def _batches(n: int, steps: int, rng: torch.Generator) -> Iterator[Tensor]:
+    yield from torch.randperm(n, generator=rng).tensor_split(steps)

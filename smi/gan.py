@@ -1,0 +1,162 @@
+"""Training the prior: a spectrally normalised GAN with differentiable augmentation, on public images alone.
+
+Hinge loss (Lim & Ye, 2017) and spectral normalisation (Miyato et al., ICLR 2018); augmentation of real and generated
+images alike (Zhao et al., NeurIPS 2020), which is what makes two thousand images enough; the generator that is kept is
+an exponential moving average.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import spectral_norm
+
+from smi.augment import gan_augment, random_affine
+from smi.checks import check_number
+from smi.compute import fast
+from smi.domains.base import PublicImages
+from smi.errors import InputError
+from smi.files import fingerprint, load_tensors, save_tensors
+from smi.priors import GAN, SIZE, Critic
+from smi.progress import track
+from smi.seeding import derive, stream
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorConfig:
+    """How a prior is trained.
+
+    steps: generator steps. degrees, shift (pixels), zoom, flip: small random maps of the public images, which widen a
+    small public set; mirror only what stays itself when mirrored. ema: decay of the averaged generator.
+    """
+
+    steps: int = 3000
+    batch_size: int = 64
+    lr: float = 4e-4
+    ema: float = 0.995
+    degrees: float = 10.0
+    shift: float = 2.0
+    zoom: float = 0.12
+    flip: bool = False
+
+    def __post_init__(self) -> None:
+        check_number("steps", self.steps, low=1, integer=True)
+        check_number("batch_size", self.batch_size, low=4, integer=True)
+        check_number("ema", self.ema, low=0, high=0.99999)
+
+
+class _Training:
+    """The state of a run: everything that a checkpoint must hold for a resumed run to end with the same bits."""
+
+    def __init__(self, public: PublicImages, config: PriorConfig, seed: int) -> None:
+        self.images, self.config = public.images, config
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive(seed, "prior"))
+            self.live = GAN(public.images.shape[1])
+            for layer in self.live.critic.modules():
+                if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                    spectral_norm(layer)
+        self.average = copy.deepcopy(self.live.generator)
+        self.g_opt = torch.optim.Adam(self.live.generator.parameters(), config.lr, betas=(0.0, 0.99))
+        self.d_opt = torch.optim.Adam(self.live.critic.parameters(), config.lr, betas=(0.0, 0.99))
+        self.rng = stream(seed, "prior")
+        self.step = 0
+
+    def advance(self) -> None:
+        """One critic step and one generator step."""
+        gan, n = self.live, self.config.batch_size
+        real = self._real(n)
+        with fast(gan.generator) as generate, fast(gan.critic) as criticise:
+            fake = generate(torch.randn(n, gan.latent_dim, generator=self.rng))
+            both = torch.cat([gan_augment(real, self.rng), gan_augment(fake.detach(), self.rng)])
+            on_real, on_fake = criticise(both).split(n)
+            self._update(self.d_opt, torch.relu(1 - on_real).mean() + torch.relu(1 + on_fake).mean())
+            self._update(self.g_opt, -criticise(gan_augment(fake, self.rng)).mean())
+        with torch.no_grad():
+            decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
+            for kept, new in zip(self.average.state_dict().values(), gan.generator.state_dict().values(), strict=True):
+                kept.lerp_(new, 1 - decay) if kept.is_floating_point() else kept.copy_(new)
+        self.step += 1
+
+    def _real(self, n: int) -> Tensor:
+        chosen = self.images[torch.randint(len(self.images), (n,), generator=self.rng)]
+        c = self.config
+        return random_affine(chosen, self.rng, degrees=c.degrees, shift=c.shift, zoom=c.zoom, flip=c.flip)
+
+    @staticmethod
+    def _update(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    def finished(self, record: dict[str, Any]) -> GAN:
+        """The averaged generator and the critic with its normalisation baked in, in eval mode."""
+        gan = GAN(self.images.shape[1], record=record)
+        gan.generator.load_state_dict(self.average.state_dict())
+        critic: Critic = copy.deepcopy(self.live.critic).eval()
+        for layer in critic.modules():
+            if parametrize.is_parametrized(layer):
+                parametrize.remove_parametrizations(layer, "weight")
+        gan.critic.load_state_dict(critic.state_dict())
+        return gan.eval()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the state, by name."""
+        parts = {"live": self.live.state_dict(), "average": self.average.state_dict()}
+        named = {f"{part}.{name}": value for part, state in parts.items() for name, value in state.items()}
+        for part, optimizer in (("g_opt", self.g_opt), ("d_opt", self.d_opt)):
+            for index, slots in optimizer.state_dict()["state"].items():
+                named |= {f"{part}.{index}.{slot}": value for slot, value in slots.items()}
+        return named | {"rng": self.rng.get_state(), "step": torch.tensor(self.step)}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Load what `tensors` gave."""
+        self.live.load_state_dict({k[5:]: v for k, v in tensors.items() if k.startswith("live.")})
+        self.average.load_state_dict({k[8:]: v for k, v in tensors.items() if k.startswith("average.")})
+        for part, optimizer in (("g_opt", self.g_opt), ("d_opt", self.d_opt)):
+            slots: dict[int, dict[str, Tensor]] = {}
+            for name, value in tensors.items():
+                if name.startswith(part):
+                    _, index, slot = name.split(".")
+                    slots.setdefault(int(index), {})[slot] = value
+            optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
+        self.rng.set_state(tensors["rng"])
+        self.step = int(tensors["step"])
+
+
+def fit_prior(
+    public: PublicImages,
+    config: PriorConfig = PriorConfig(),  # noqa: B008
+    *,
+    seed: int = 0,
+    checkpoint: str | Path | None = None,
+    every: int = 250,
+) -> GAN:
+    """Train a generator and critic on public images.
+
+    public: 32×32, 1 or 3 channels. checkpoint: a file that is written atomically every ``every`` steps; where it
+    exists already, training goes on from it (same images, configuration and seed, or `InputError`) and ends with the
+    same weights as an uninterrupted run. Returns the `GAN` in eval mode.
+    """
+    if not isinstance(public, PublicImages):
+        raise InputError(f"fit_prior takes PublicImages, not {type(public).__name__}. Wrap them: PublicImages(images).")
+    if public.images.shape[2:] != (SIZE, SIZE):
+        raise InputError(f"The GAN works at {SIZE}×{SIZE}; these images are {tuple(public.images.shape[2:])}. Resize them.")
+    record = {"config": asdict(config), "seed": seed, "public": fingerprint(public.images), "images": len(public)}
+    run = _Training(public, config, seed)
+    if checkpoint is not None and Path(checkpoint).exists():
+        tensors, meta = load_tensors(checkpoint, "prior checkpoint")
+        if meta["record"] != record:
+            raise InputError(f"{checkpoint} is of another run (images, configuration or seed differ). Choose another file.")
+        run.restore(tensors)
+    for _ in track(range(run.step, config.steps), "training the prior"):
+        run.advance()
+        if checkpoint is not None and (run.step % every == 0 or run.step == config.steps):
+            save_tensors(checkpoint, run.tensors(), {"kind": "prior checkpoint", "record": record})
+    return run.finished(record)

@@ -1,0 +1,131 @@
+"""Inversion, written once: every method is this loop with its own start, objective and projection.
+
+For one class y at a time, ``candidates`` variables (latents, or pixels) are optimised together by Adam so that the
+images they stand for are classified as y.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from smi.checks import check_model, check_number
+from smi.compute import Runner, fast, frozen, mixed
+from smi.domains.base import Samples
+from smi.errors import InputError
+from smi.priors import Prior
+from smi.progress import track
+from smi.seeding import stream
+from smi.stability import Selection, select_stable
+from smi_kernels import Registry
+
+
+@dataclass
+class Task:
+    """What an inversion step may see: the suspect model (frozen), how to run it, the prior, the class, randomness."""
+
+    model: nn.Module
+    run: Runner
+    prior: Prior
+    labels: Tensor
+    rng: torch.Generator
+    progress: float = 0.0
+
+    def generate(self, z: Tensor) -> Tensor:
+        """Images float32 ``[N, C, H, W]`` in [0, 1] for latents, through the prior."""
+        with mixed(z.device):
+            return self.prior.generate(z).float()
+
+    def realism(self, images: Tensor) -> Tensor | None:
+        """The critic's ``[N]``, float32, or None without a critic."""
+        with mixed(images.device):
+            score = self.prior.criticise(images)
+        return None if score is None else score.float()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inversion:
+    """Base of every inversion. steps: Adam steps. lr: their rate, in units of the variable."""
+
+    steps: int = 60
+    lr: float = 0.1
+
+    name = "inversion"
+
+    def __post_init__(self) -> None:
+        check_number("steps", self.steps, low=0, integer=True)
+        check_number("lr", self.lr, low=0)
+
+    def start(self, task: Task) -> Tensor:
+        """The initial variable, one row a label of ``task.labels``."""
+        raise NotImplementedError
+
+    def render(self, variable: Tensor, task: Task) -> Tensor:
+        """The images ``[N, C, H, W]`` in [0, 1] that the variable stands for, differentiable."""
+        raise NotImplementedError
+
+    def objective(self, images: Tensor, variable: Tensor, task: Task) -> Tensor:
+        """The scalar to minimise."""
+        raise NotImplementedError
+
+    def project(self, variable: Tensor) -> None:
+        """Bring the variable back to its feasible set, in place, after a step."""
+
+    def optimise(self, task: Task) -> Tensor:
+        """The loop. Returns images ``[N, C, H, W]``, detached."""
+        variable = self.start(task).requires_grad_()
+        optimizer = torch.optim.Adam([variable], self.lr)
+        for step in range(self.steps):
+            task.progress = step / self.steps
+            loss = self.objective(self.render(variable, task), variable, task)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            with torch.no_grad():
+                self.project(variable)
+        with torch.no_grad():
+            return self.render(variable, task).clamp(0, 1)
+
+
+inversions: Registry[type[Inversion]] = Registry("inversion")
+
+
+def invert(
+    model: nn.Module,
+    prior: Prior,
+    method: Inversion,
+    *,
+    per_class: int = 30,
+    selection: Selection | None = None,
+    classes: int | None = None,
+    seed: int = 0,
+) -> Samples:
+    """Reconstruct ``per_class`` images of every class of the suspect model, without any in-distribution data.
+
+    model: images in [0, 1] to logits. prior: a generator of public images; the pixel methods use its image shape
+    only. selection: ``selection.oversample`` times as many candidates are made and the most stable ones kept; None
+    keeps what the inversion gave, unscored. classes: the class count, checked where given. Returns `Samples`, class
+    by class, source ``method.name``. Raises `InputError` before any work where model, prior and class count do not
+    fit together.
+    """
+    check_number("per_class", per_class, low=1, integer=True)
+    if not isinstance(method, Inversion):
+        raise InputError(f"method is a {type(method).__name__}. Allowed: an Inversion such as smi.Stabilized().")
+    if not isinstance(prior, Prior):
+        raise InputError(f"{type(prior).__name__} is no prior. Wrap your generator: smi.GeneratorPrior(net, latent_dim).")
+    num_classes = check_model(model, torch.zeros(1, *prior.image_shape), classes)
+    suspect = frozen(model)
+    prior = frozen(prior) if isinstance(prior, nn.Module) else prior
+    count = per_class * (1 if selection is None else selection.oversample)
+    images = []
+    with fast(suspect) as run:
+        for label in track(range(num_classes), f"inversion ({method.name})"):
+            labels, rng = torch.full((count,), label), stream(seed, f"invert/{label}")
+            images.append(method.optimise(Task(suspect, run, prior, labels, rng)))
+    labels = torch.arange(num_classes).repeat_interleave(count)
+    samples = Samples(torch.cat(images), labels, num_classes, method.name)
+    if selection is None:
+        return samples
+    return select_stable(model, samples, per_class, selection, seed=seed)

@@ -1,0 +1,93 @@
+"""Selection: of many candidates keep the most stable ones of each class that are not near-copies of each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from smi.checks import check_number, device_of, evaluating
+from smi.compute import predict
+from smi.domains.base import Samples
+from smi.errors import InputError
+from smi_kernels import stability_scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """How candidates are scored and kept.
+
+    oversample: candidates made per image kept. k, sigma_x, sigma_w, divergence: the stability score, see
+    `smi_kernels.stability_scores`. diversity: a candidate nearer to one that is kept than this quantile of the
+    class's pairwise feature distances is passed over while others are left; 0 keeps the most stable, however alike.
+    """
+
+    oversample: int = 3
+    k: int = 16
+    sigma_x: float = 0.1
+    sigma_w: float = 0.15
+    divergence: str = "kl"
+    diversity: float = 0.05
+
+    def __post_init__(self) -> None:
+        check_number("oversample", self.oversample, low=1, integer=True)
+        check_number("k", self.k, low=1, integer=True)
+        check_number("sigma_x", self.sigma_x, low=0)
+        check_number("sigma_w", self.sigma_w, low=0)
+        check_number("diversity", self.diversity, low=0, high=1)
+
+
+def select_stable(
+    model: nn.Module, candidates: Samples, per_class: int, selection: Selection = Selection(), *, seed: int = 0  # noqa: B008
+) -> Samples:
+    """Keep ``per_class`` candidates of every class, most stable first, subject to diversity.
+
+    Candidates that the model itself does not take for their class come last. Returns `Samples` with their scores.
+    """
+    scores = stability_scores(
+        model.eval(), candidates.images, candidates.labels, k=selection.k, sigma_x=selection.sigma_x,
+        sigma_w=selection.sigma_w, divergence=selection.divergence, seed=seed,
+    ).cpu()  # fmt: skip
+    wrong = predict(model, candidates.images).argmax(1) != candidates.labels
+    rank = scores + wrong * (scores.max() + 1)
+    embedded = features(model, candidates.images)
+    kept = []
+    for label in range(candidates.num_classes):
+        of_class = (candidates.labels == label).nonzero()[:, 0]
+        if len(of_class) < per_class:
+            raise InputError(f"Class {label} has {len(of_class)} candidates; {per_class} are to be kept. Make more.")
+        order = of_class[rank[of_class].argsort(stable=True)]
+        kept.append(order[_spread(embedded[order], per_class, selection.diversity)])
+    index = torch.cat(kept)
+    chosen = candidates.select(index)
+    return Samples(chosen.images, chosen.labels, chosen.num_classes, chosen.source, scores[index])
+
+
+def features(model: nn.Module, images: Tensor, *, batch_size: int = 512) -> Tensor:
+    """What the model's last linear layer sees ``[N, features]``, float32; the logits where there is no linear layer."""
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    if not linear:
+        return predict(model, images, batch_size=batch_size)
+    seen: list[Tensor] = []
+    hook = linear[-1].register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().float().cpu().flatten(1)))
+    try:
+        with evaluating(model), torch.no_grad():
+            for batch in images.split(batch_size):
+                model(batch.to(device_of(model)))
+    finally:
+        hook.remove()
+    return torch.cat(seen)
+
+
+def _spread(points: Tensor, count: int, quantile: float) -> Tensor:
+    """Positions of ``count`` points, in order, passing over those too near to one taken; filled up in order."""
+    distance = torch.cdist(points, points)
+    pairs = distance[torch.triu_indices(len(points), len(points), 1).unbind()]
+    limit = pairs.quantile(quantile) if quantile and len(pairs) else torch.tensor(0.0)
+    taken: list[int] = []
+    for i in range(len(points)):
+        if len(taken) < count and (not taken or distance[i, taken].min() > limit):
+            taken.append(i)
+    passed_over = [i for i in range(len(points)) if i not in set(taken)]
+    return torch.tensor((taken + passed_over)[:count])

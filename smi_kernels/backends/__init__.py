@@ -1,0 +1,60 @@
+"""Ways to compute scores. All draw the same noise; they differ in speed and in what they can run.
+
+``backend="auto"`` takes the one of highest priority that supports the model and the request. The environment variable
+``SMI_KERNELS_BACKEND`` replaces ``"auto"``, never a name given in code.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from smi_kernels.backends import torch as torch_backend
+from smi_kernels.errors import InputError, unknown_name
+from smi_kernels.registry import Registry
+from smi_kernels.request import Request
+
+ENVIRONMENT = "SMI_KERNELS_BACKEND"
+"""Name of the environment variable that replaces ``"auto"``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """A way to compute scores.
+
+    Attributes:
+        scores: model and request to one divergence for each image and draw, ``[N, K]``, in the working dtype.
+        supports: whether it can do so, cheaply decided.
+        priority: the highest that supports a request is chosen; the reference has 0.
+    """
+
+    scores: Callable[[nn.Module, Request], Tensor]
+    supports: Callable[[nn.Module, Request], bool]
+    priority: int
+
+
+backends: Registry[Backend] = Registry("backend")
+"""Backends by name."""
+
+backends.add("torch", Backend(scores=torch_backend.scores, supports=torch_backend.supports, priority=0))
+
+
+def choose_backend(name: str, model: nn.Module, request: Request) -> Backend:
+    """The backend of a name, or for ``"auto"`` the best that supports the request.
+
+    Raises:
+        InputError: for an unknown name, or a backend that does not support the request.
+    """
+    if name == "auto":
+        name = os.environ.get(ENVIRONMENT) or "auto"
+    if name == "auto":
+        ranked = sorted((backends[other] for other in backends), key=lambda b: -b.priority)
+        return next(b for b in ranked if b.supports(model, request))
+    if name not in backends:
+        raise unknown_name("backend", name, [*backends, "auto"])
+    if not backends[name].supports(model, request):
+        raise InputError(f"The backend {name!r} cannot score this model with these settings. Try backend='auto'.")
+    return backends[name]

@@ -1,0 +1,20 @@
+import pytest
+import torch
+from kernel_reference import toy_images, trained_cnn
+
+
+@pytest.fixture(scope="session")
+def cnn():
+    """A small trained classifier, never changed by a test."""
+    with torch.random.fork_rng():
+        return trained_cnn()
+
+
+@pytest.fixture(scope="session")
+def images():
+    return toy_images(24, seed=1000)[0]
+
+
+@pytest.fixture(scope="session")
+def labels():
+    return toy_images(24, seed=1000)[1]
