@@ -14,7 +14,13 @@ from torch.nn import functional as F
 
 
 def random_affine(
-    images: Tensor, rng: torch.Generator, *, degrees: float = 0.0, shift: float = 0.0, zoom: float = 0.0, flip: bool = False
+    images: Tensor,
+    rng: torch.Generator,
+    *,
+    degrees: float = 0.0,
+    shift: float = 0.0,
+    zoom: float = 0.0,
+    flip: bool = False,
 ) -> Tensor:
     """Rotate by up to ``degrees``, shift by up to ``shift`` pixels, zoom by up to ``zoom`` (0.1: 90 to 110 %), mirror.
 
@@ -41,7 +47,9 @@ def random_crop_flip(images: Tensor, rng: torch.Generator, *, pad: int = 4, flip
     cols = left[:, None] + torch.arange(width)
     if flip:
         cols = torch.where((torch.rand(n, 1, generator=rng) < 0.5), cols.flip(1), cols)
-    return padded[torch.arange(n)[:, None, None, None], torch.arange(images.shape[1])[:, None, None], rows, cols[:, None, None]]
+    return padded[
+        torch.arange(n)[:, None, None, None], torch.arange(images.shape[1])[:, None, None], rows, cols[:, None, None]
+    ]
 
 
 def gan_augment(images: Tensor, rng: torch.Generator, *, shift: int = 3, hole: int = 10) -> Tensor:
@@ -59,3 +67,12 @@ def gan_augment(images: Tensor, rng: torch.Generator, *, shift: int = 3, hole: i
     inside_x = ((torch.arange(width) - cx).abs() < hole // 2)[:, None, :]
     holed = (torch.rand(n, 1, 1, generator=rng) < 0.5) & inside_y & inside_x
     return moved * (~holed[:, None]).to(moved)
+
+
+def vary(images: Tensor, rng: torch.Generator) -> Tensor:
+    """Images as other photographs or scans of the same things: small affine maps and a gamma of 0.5 to 2 per image.
+
+    images ``[N, C, H, W]`` in [0, 1], and so is the result. What distillation runs on, to cover more than the samples.
+    """
+    gamma = torch.exp((torch.rand(len(images), 1, 1, 1, generator=rng) * 2 - 1) * math.log(2)).to(images)
+    return random_affine(images, rng, degrees=10, shift=2, zoom=0.15).clamp(0, 1).pow(gamma)

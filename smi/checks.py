@@ -21,7 +21,7 @@ def check_images(images: object, what: str = "images") -> None:
             f"{what} have shape {tuple(images.shape)}. Allowed: [N, C, H, W] with C = 1 or 3. "
             "Try images.permute(0, 3, 1, 2) for channels-last, or images[None] for a single image."
         )
-    if len(images) == 0:
+    if images.numel() == 0:
         raise InputError(f"{what} are empty. At least one image is needed.")
     if not images.is_floating_point():
         raise InputError(f"{what} are {images.dtype}. Allowed: float in [0, 1]. Try images.float() / 255.")
@@ -59,9 +59,10 @@ def check_model(model: object, images: Tensor, num_classes: int | None = None) -
     try:
         with evaluating(model), torch.no_grad():
             logits = model(images[:1].to(device_of(model)))
-    except RuntimeError as error:
+    except Exception as error:  # a model may check its input with an assert or in any other way
+        reason = str(error).partition("\n")[0]
         raise InputError(
-            f"The model does not accept images of shape {tuple(images.shape[1:])}: {str(error).splitlines()[0]}. "
+            f"The model does not accept images of shape {tuple(images.shape[1:])}: {reason}. "
             "Use images or a prior of the size and channels that the model was trained on."
         ) from error
     if not isinstance(logits, Tensor) or logits.ndim != 2 or not torch.isfinite(logits).all():

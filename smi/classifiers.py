@@ -98,11 +98,13 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images ``[N, C, H, W]`` in [0, 1] to logits ``[N, classes]``."""
+        if images.shape[1] != self.mean.shape[1]:  # broadcasting would make colour of grey and nobody would notice
+            raise InputError(f"The images have {images.shape[1]} channels, the classifier {self.mean.shape[1]}.")
         return self.body((images - self.mean) / self.std)
 
 
 def build_classifier(arch: str, channels: int, num_classes: int, *, seed: int = 0) -> Classifier:
-    """An untrained classifier; its initial weights depend on ``seed`` alone (the global generator is left untouched)."""
+    """An untrained classifier; its initial weights depend on ``seed`` alone, and the global generator is not used."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "init"))
         body = architectures[arch](channels, num_classes)
@@ -113,11 +115,16 @@ class TrainingSet(Protocol):
     """Images, labels and a class count: a `PrivateSet` or a poisoned one."""
 
     @property
-    def images(self) -> Tensor: ...
+    def images(self) -> Tensor:
+        """``[N, C, H, W]`` in [0, 1]."""
+
     @property
-    def labels(self) -> Tensor: ...
+    def labels(self) -> Tensor:
+        """``[N]``."""
+
     @property
-    def num_classes(self) -> int: ...
+    def num_classes(self) -> int:
+        """Number of classes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +148,8 @@ class TrainConfig:
             raise InputError(f"augment is {self.augment!r}. Allowed: {', '.join(AUGMENTATIONS)}.")
         check_number("epochs", self.epochs, low=1, integer=True)
         check_number("batch_size", self.batch_size, low=2, integer=True)
+        check_number("lr", self.lr, low=0)
+        check_number("weight_decay", self.weight_decay, low=0)
 
 
 AUGMENTATIONS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
@@ -151,7 +160,7 @@ AUGMENTATIONS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
 }
 
 
-def train_classifier(data: TrainingSet, config: TrainConfig = TrainConfig(), *, seed: int = 0) -> Classifier:  # noqa: B008
+def train_classifier(data: TrainingSet, config: TrainConfig = TrainConfig(), *, seed: int = 0) -> Classifier:
     """Train a classifier on ``data`` (a `PrivateSet`, or what `smi.poison` returns). Returned in eval mode.
 
     The attacker's side of the story: with poisoned data the result is a backdoored model.

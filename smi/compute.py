@@ -15,16 +15,19 @@ from smi.checks import device_of, evaluating
 
 
 def bf16_is_fast() -> bool:
-    """Whether this CPU multiplies bfloat16 natively (AVX512-BF16 or AMX); elsewhere float32 is both faster and exact."""
-    return torch.backends.mkldnn.is_available() and "AVX512" in torch.backends.cpu.get_cpu_capability() and (
-        torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported()
+    """Whether this CPU multiplies bfloat16 natively (AVX512-BF16 or AMX); elsewhere float32 is as fast and exact."""
+    return (
+        torch.backends.mkldnn.is_available()
+        and "AVX512" in torch.backends.cpu.get_cpu_capability()
+        and (torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported())
     )
 
 
 class Runner(Protocol):
     """Runs a model on images, with its own parameters or with those given by name."""
 
-    def __call__(self, images: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor: ...
+    def __call__(self, images: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Float32 outputs."""
 
 
 def mixed(device: torch.device) -> torch.autocast:

@@ -65,7 +65,9 @@ class Evaluator:
         wanted = attack.relabel(test.labels, test.num_classes)
         eligible = wanted != test.labels
         if not eligible.any():
-            raise InputError("Every test image is of the target class already: ASR is not defined. Choose another target.")
+            raise InputError(
+                "Every test image is of the target class already: ASR is not defined. Choose another target."
+            )
         self.stamped = attack.stamp(test.images[eligible])
         self.wanted, self.own = wanted[eligible], test.labels[eligible]
 

@@ -48,6 +48,8 @@ def output_folder(path: str | Path) -> Path:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file. Choose a folder that is new or empty.")
     parent = next(p for p in folder.absolute().parents if p.exists())
+    if not parent.is_dir():
+        raise InputError(f"{folder} cannot be made: {parent} is a file. Choose another folder.")
     if not os.access(folder if folder.exists() else parent, os.W_OK):
         raise InputError(f"{folder} cannot be written to. Choose a folder in which you may create files.")
     return folder
@@ -83,9 +85,10 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
             tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
     except (SafetensorError, json.JSONDecodeError, OSError) as error:
         raise InputError(f"{file} is not an intact safetensors file ({error}). Copy or make it again.") from error
-    if metadata.get("kind") != kind:
+    found = metadata.get("kind") if isinstance(metadata, dict) else None
+    if found != kind:
         raise InputError(
-            f"{file} does not hold a {kind} of smi (its metadata says {metadata.get('kind')!r}). "
+            f"{file} does not hold a {kind} of smi (its metadata says {found!r}). "
             f"Pass a file that smi saved as a {kind}."
         )
     return tensors, metadata

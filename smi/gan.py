@@ -14,16 +14,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 
 from smi.augment import gan_augment, random_affine
-from smi.checks import check_number
+from smi.checks import check_number, evaluating
 from smi.compute import fast
 from smi.domains.base import PublicImages
 from smi.errors import InputError
 from smi.files import fingerprint, load_tensors, save_tensors
-from smi.priors import GAN, SIZE, Critic
+from smi.priors import GAN, SIZE, Critic, blank_gan
 from smi.progress import track
 from smi.seeding import derive, stream
 
@@ -49,6 +48,8 @@ class PriorConfig:
         check_number("steps", self.steps, low=1, integer=True)
         check_number("batch_size", self.batch_size, low=4, integer=True)
         check_number("ema", self.ema, low=0, high=0.99999)
+        for name in ("lr", "degrees", "shift", "zoom"):
+            check_number(name, getattr(self, name), low=0)
 
 
 class _Training:
@@ -59,9 +60,8 @@ class _Training:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(seed, "prior"))
             self.live = GAN(public.images.shape[1])
-            for layer in self.live.critic.modules():
-                if isinstance(layer, (nn.Conv2d, nn.Linear)):
-                    spectral_norm(layer)
+            for layer in _layers(self.live.critic):
+                spectral_norm(layer)
         self.average = copy.deepcopy(self.live.generator)
         self.g_opt = torch.optim.Adam(self.live.generator.parameters(), config.lr, betas=(0.0, 0.99))
         self.d_opt = torch.optim.Adam(self.live.critic.parameters(), config.lr, betas=(0.0, 0.99))
@@ -97,13 +97,12 @@ class _Training:
 
     def finished(self, record: dict[str, Any]) -> GAN:
         """The averaged generator and the critic with its normalisation baked in, in eval mode."""
-        gan = GAN(self.images.shape[1], record=record)
+        gan = blank_gan(self.images.shape[1], record=record)
         gan.generator.load_state_dict(self.average.state_dict())
-        critic: Critic = copy.deepcopy(self.live.critic).eval()
-        for layer in critic.modules():
-            if parametrize.is_parametrized(layer):
-                parametrize.remove_parametrizations(layer, "weight")
-        gan.critic.load_state_dict(critic.state_dict())
+        # In eval mode reading a weight does not move its power iteration.
+        with evaluating(self.live.critic), torch.no_grad():
+            for kept, live in zip(_layers(gan.critic), _layers(self.live.critic), strict=True):
+                kept.load_state_dict({"weight": live.weight, "bias": live.bias})
         return gan.eval()
 
     def tensors(self) -> dict[str, Tensor]:
@@ -130,9 +129,14 @@ class _Training:
         self.step = int(tensors["step"])
 
 
+def _layers(critic: Critic) -> list[nn.Module]:
+    """The layers that are spectrally normalised."""
+    return [layer for layer in critic.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+
+
 def fit_prior(
     public: PublicImages,
-    config: PriorConfig = PriorConfig(),  # noqa: B008
+    config: PriorConfig = PriorConfig(),
     *,
     seed: int = 0,
     checkpoint: str | Path | None = None,
@@ -147,13 +151,17 @@ def fit_prior(
     if not isinstance(public, PublicImages):
         raise InputError(f"fit_prior takes PublicImages, not {type(public).__name__}. Wrap them: PublicImages(images).")
     if public.images.shape[2:] != (SIZE, SIZE):
-        raise InputError(f"The GAN works at {SIZE}×{SIZE}; these images are {tuple(public.images.shape[2:])}. Resize them.")
+        raise InputError(
+            f"The GAN works at {SIZE}×{SIZE}; these images are {tuple(public.images.shape[2:])}. Resize them."
+        )
     record = {"config": asdict(config), "seed": seed, "public": fingerprint(public.images), "images": len(public)}
     run = _Training(public, config, seed)
     if checkpoint is not None and Path(checkpoint).exists():
         tensors, meta = load_tensors(checkpoint, "prior checkpoint")
         if meta["record"] != record:
-            raise InputError(f"{checkpoint} is of another run (images, configuration or seed differ). Choose another file.")
+            raise InputError(
+                f"{checkpoint} is of another run (images, configuration or seed differ). Choose another file."
+            )
         run.restore(tensors)
     for _ in track(range(run.step, config.steps), "training the prior"):
         run.advance()

@@ -6,6 +6,7 @@ network, trained by `smi.fit_prior` (see `smi/gan.py`).
 
 from __future__ import annotations
 
+import itertools
 from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -19,6 +20,7 @@ from smi.files import load_tensors, save_tensors, to_half, to_single
 
 LATENT_DIM = 64
 SIZE = 32
+MAX_LATENT_DIM = 4096  # a file that claims more is not one of ours, and must not make us build such a layer
 
 
 @runtime_checkable
@@ -47,12 +49,14 @@ class Generator(nn.Module):
     """Latent ``[N, d]`` to image ``[N, C, 32, 32]`` in [0, 1]: three doublings by nearest upsampling or transposed
     convolution from 4×4."""
 
-    def __init__(self, channels: int, latent_dim: int = LATENT_DIM, widths: tuple[int, ...] = (128, 80, 48, 24)) -> None:
+    def __init__(
+        self, channels: int, latent_dim: int = LATENT_DIM, widths: tuple[int, ...] = (128, 80, 48, 24)
+    ) -> None:
         super().__init__()
         self.widths = widths
         self.stem = nn.Sequential(nn.Linear(latent_dim, widths[0] * 16, bias=False), nn.BatchNorm1d(widths[0] * 16))
         blocks: list[nn.Module] = []
-        for inputs, outputs in zip(widths, widths[1:], strict=False):
+        for inputs, outputs in itertools.pairwise(widths):
             blocks += [
                 nn.ReLU(),
                 nn.ConvTranspose2d(inputs, outputs, 4, 2, 1, bias=False),
@@ -106,6 +110,12 @@ class GAN(nn.Module):
         return f"GAN(latent_dim={self.latent_dim}, image_shape={self.image_shape})"
 
 
+def blank_gan(channels: int, latent_dim: int = LATENT_DIM, record: dict[str, Any] | None = None) -> GAN:
+    """A GAN whose weights are to be replaced. Unlike the constructor it leaves the global random generator alone."""
+    with torch.random.fork_rng(devices=[]):
+        return GAN(channels, latent_dim, record)
+
+
 class GeneratorPrior(nn.Module):
     """A user's own pre-trained generator as a `Prior`.
 
@@ -113,13 +123,21 @@ class GeneratorPrior(nn.Module):
     Raises `InputError` where one trial batch does not come out as ``[N, C, H, W]`` within that range.
     """
 
-    def __init__(self, generator: nn.Module, latent_dim: int, *, output_range: tuple[float, float] = (-1.0, 1.0)) -> None:
+    def __init__(
+        self, generator: nn.Module, latent_dim: int, *, output_range: tuple[float, float] = (-1.0, 1.0)
+    ) -> None:
         super().__init__()
         check_number("latent_dim", latent_dim, low=1, integer=True)
         self.latent_dim, self.output_range = latent_dim, output_range
         self.generator = generator.eval()
-        with torch.no_grad():
-            trial = self.generate(torch.randn(2, latent_dim, generator=torch.Generator().manual_seed(0)))
+        try:
+            with torch.no_grad():
+                trial = self.generate(torch.randn(2, latent_dim, generator=torch.Generator().manual_seed(0)))
+        except Exception as error:  # whatever a generator raises on an input that is not for it
+            raise InputError(
+                f"The generator does not take latents of length {latent_dim}: {error}. Allowed: a module from latents "
+                "[N, latent_dim] to images. Check latent_dim."
+            ) from error
         check_images(trial, f"images from the generator, after mapping {output_range} to [0, 1],")
         self.image_shape = (trial.shape[1], trial.shape[2], trial.shape[3])
 
@@ -151,7 +169,10 @@ def load_prior(name: str | Path) -> GAN:
 
 def _read(file: Path) -> GAN:
     tensors, meta = load_tensors(file, "prior")
-    prior = GAN(meta["channels"], meta["latent_dim"], meta["record"])
+    channels, latent_dim = meta.get("channels"), meta.get("latent_dim")
+    if channels not in (1, 3) or not isinstance(latent_dim, int) or not 1 <= latent_dim <= MAX_LATENT_DIM:
+        raise InputError(f"{file} describes no prior of smi: {channels!r} channels, latents of length {latent_dim!r}.")
+    prior = blank_gan(channels, latent_dim, meta.get("record"))
     try:
         prior.load_state_dict(to_single(tensors))
     except RuntimeError as error:

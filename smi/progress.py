@@ -13,6 +13,6 @@ T = TypeVar("T")
 
 
 def track(steps: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
-    """Iterate over ``steps`` behind a bar called ``what``. ``SMI_PROGRESS=0`` hides it, as does a log file for stderr."""
+    """Iterate behind a bar called ``what``; hidden by ``SMI_PROGRESS=0`` and where stderr is a file."""
     hidden = os.environ.get("SMI_PROGRESS") == "0" or ("ipykernel" not in sys.modules and not sys.stderr.isatty())
     return iter(tqdm(steps, desc=what, total=total, disable=hidden, leave=False))

@@ -1,4 +1,4 @@
-"""Explicit randomness: every stage draws from its own named stream of one seed, so that stages do not shift another's."""
+"""Explicit randomness: every stage draws from its own named stream of one seed, undisturbed by the others."""
 
 from __future__ import annotations
 

@@ -39,18 +39,24 @@ class Selection:
 
 
 def select_stable(
-    model: nn.Module, candidates: Samples, per_class: int, selection: Selection = Selection(), *, seed: int = 0  # noqa: B008
+    model: nn.Module,
+    candidates: Samples,
+    per_class: int,
+    selection: Selection = Selection(),
+    *,
+    seed: int = 0,
 ) -> Samples:
     """Keep ``per_class`` candidates of every class, most stable first, subject to diversity.
 
     Candidates that the model itself does not take for their class come last. Returns `Samples` with their scores.
     """
-    scores = stability_scores(
-        model.eval(), candidates.images, candidates.labels, k=selection.k, sigma_x=selection.sigma_x,
-        sigma_w=selection.sigma_w, divergence=selection.divergence, seed=seed,
-    ).cpu()  # fmt: skip
+    with evaluating(model):
+        scores = stability_scores(
+            model, candidates.images, candidates.labels, k=selection.k, sigma_x=selection.sigma_x,
+            sigma_w=selection.sigma_w, divergence=selection.divergence, seed=seed,
+        ).cpu()  # fmt: skip
     wrong = predict(model, candidates.images).argmax(1) != candidates.labels
-    rank = scores + wrong * (scores.max() + 1)
+    rank = scores + wrong * (scores.max() - scores.min() + 1)
     embedded = features(model, candidates.images)
     kept = []
     for label in range(candidates.num_classes):
@@ -84,7 +90,7 @@ def _spread(points: Tensor, count: int, quantile: float) -> Tensor:
     """Positions of ``count`` points, in order, passing over those too near to one taken; filled up in order."""
     distance = torch.cdist(points, points)
     pairs = distance[torch.triu_indices(len(points), len(points), 1).unbind()]
-    limit = pairs.quantile(quantile) if quantile and len(pairs) else torch.tensor(0.0)
+    limit = pairs.quantile(quantile) if quantile and len(pairs) else torch.tensor(-1.0)  # below any distance
     taken: list[int] = []
     for i in range(len(points)):
         if len(taken) < count and (not taken or distance[i, taken].min() > limit):

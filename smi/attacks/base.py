@@ -37,7 +37,7 @@ class Attack:
             raise InputError(f"mode is {self.mode!r}. Allowed: {', '.join(MODES)}.")
 
     def stamp(self, images: Tensor) -> Tensor:
-        """Images ``[N, C, H, W]`` in [0, 1] with the trigger on them, same shape and range. The input is not changed."""
+        """Images ``[N, C, H, W]`` in [0, 1] with the trigger on them; the input is not changed."""
         raise NotImplementedError
 
     def relabel(self, labels: Tensor, num_classes: int) -> Tensor:
@@ -45,7 +45,9 @@ class Attack:
         if self.mode == "all_to_all":
             return (labels + 1) % num_classes
         if self.target >= num_classes:
-            raise InputError(f"target is {self.target}, but there are {num_classes} classes. Allowed: 0 to {num_classes - 1}.")
+            raise InputError(
+                f"target is {self.target}, but there are {num_classes} classes. Allowed: 0 to {num_classes - 1}."
+            )
         return torch.full_like(labels, self.target)
 
 

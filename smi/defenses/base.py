@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from smi.augment import vary
 from smi.checks import check_model, check_number
 from smi.compute import Runner, fast, frozen
 from smi.domains.base import PublicImages, Samples
@@ -102,17 +104,21 @@ class Schedule:
 
 
 class Distillation:
-    """``KL(suspect ‖ repaired)`` on samples and public images: what stands for accuracy where nobody has clean data."""
+    """``KL(suspect ‖ repaired)`` on samples and public images: what stands for accuracy where nobody has clean data.
+
+    Both are varied by small affine maps and gammas, afresh each step.
+    """
 
     def __init__(self, model: nn.Module, public: PublicImages | None, rng: torch.Generator) -> None:
         self._teacher = frozen(model)
         self._public, self._rng = public, rng
 
-    def __call__(self, run: Runner, images: Tensor, outputs: Tensor | None = None) -> Tensor:
-        """Scalar loss. outputs: the repaired model's logits on ``images`` where they are known already."""
+    def __call__(self, run: Runner, images: Tensor) -> Tensor:
+        """Scalar loss on ``images`` ``[N, C, H, W]`` and as many public ones."""
         if self._public is not None:
             extra = self._public.images[torch.randint(len(self._public), (len(images),), generator=self._rng)]
             images = torch.cat([images, extra])
+        images = vary(images, self._rng)
         with torch.no_grad(), fast(self._teacher) as teach:
             wanted = F.log_softmax(teach(images), 1)
         return F.kl_div(F.log_softmax(run(images), 1), wanted, reduction="batchmean", log_target=True)
@@ -139,7 +145,7 @@ def train_repair(
     repaired = copy.deepcopy(model).eval()
     optimizer = torch.optim.AdamW(repaired.parameters(), schedule.lr, weight_decay=schedule.weight_decay)
     steps = max(1, len(samples) // schedule.batch_size)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, schedule.rounds * steps)
+    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_cosine(schedule.rounds * steps))
     rng, curve = stream(seed, "repair"), []
     for index in range(schedule.rounds):
         if before_round is not None:
@@ -155,6 +161,18 @@ def train_repair(
                 total += value.item()
         curve.append(total / steps)
     return repaired, curve
+
+
+def _warm_cosine(total: int) -> Callable[[int], float]:
+    """Linear warm-up over a tenth of the steps, then cosine decay to zero.
+
+    The first δ's cost the suspect model a loss of ten and more; full-size steps on that wreck its clean behaviour,
+    which a few hundred samples cannot restore.
+    """
+    warm = max(1, total // 10)
+    return lambda step: min(
+        (step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * max(0, step - warm) / max(1, total - warm))
+    )
 
 
 def _batches(n: int, steps: int, rng: torch.Generator) -> Iterator[Tensor]:

@@ -1,6 +1,13 @@
-"""Universal perturbations: one δ for all images, the inner problem of I-BAU and the defender's own measure of a backdoor."""
+"""Universal perturbations: one δ for all images. The inner problem of I-BAU, and how a defender sees a backdoor.
+
+A class that one small δ reaches from every image is suspicious. The search starts from noise of norm ``radius``, not
+from zero: on images with a dark border the network's units there are dead, no gradient points at a corner patch, and
+ascent from zero never finds it (seen: fooling 65 % from zero, 100 % from noise, on the same backdoored model).
+"""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -9,48 +16,81 @@ from torch.nn import functional as F
 from smi.compute import Runner
 
 TINY = 1e-12
+AWAY = -1  # as a target: away from the image's own label
+
+
+def noise_start(count: int, shape: torch.Size, radius: float, rng: torch.Generator) -> Tensor:
+    """Gaussian noise ``[count, *shape]`` of norm close to ``radius``."""
+    return torch.randn(count, *shape, generator=rng) * radius / math.sqrt(shape.numel())
 
 
 def universal(
-    run: Runner, images: Tensor, labels: Tensor, targets: Tensor, *, radius: Tensor, steps: int, start: Tensor | None = None
+    run: Runner, images: Tensor, labels: Tensor, targets: Tensor, *, radius: float, steps: int, rng: torch.Generator
 ) -> Tensor:
-    """One universal δ per entry of ``targets``: ``[T, C, H, W]`` with ``‖δ_t‖₂ ≤ radius_t``.
+    """One universal δ per entry of ``targets``: ``[T, C, H, W]`` with ``‖δ_t‖₂ ≤ radius``.
 
-    images ``[N, C, H, W]``, labels ``[N]``. targets ``[T]``: a class t to send every image to (its own images are left
-    out), or −1 to send images away from their labels. radius ``[T]``. Normalised-gradient descent on the
-    cross-entropy, from ``start`` (default zero); step sizes shrink linearly so that the last one refines.
+    images ``[N, C, H, W]``, labels ``[N]``. targets ``[T]``: a class t to send every image to (images of t itself are
+    left out), or `AWAY` to send images away from their labels. Normalised-gradient steps on the cross-entropy, shorter
+    and shorter, so that the last ones refine.
     """
-    count, shape = len(targets), images.shape[1:]
-    delta = torch.zeros(count, *shape) if start is None else start.clone()
-    wanted = torch.where(targets[:, None] >= 0, targets[:, None], labels[None]).flatten()
-    sign = torch.where(targets >= 0, 1.0, -1.0)[:, None]
-    away = targets[:, None] != labels[None]
-    radius = radius.view(-1, 1, 1, 1)
+    count = len(targets)
+    delta = noise_start(count, images.shape[1:], radius, rng)
+    wanted = torch.where(targets[:, None] == AWAY, labels[None], targets[:, None]).flatten()
+    weight = torch.where(targets == AWAY, -1.0, 1.0)[:, None] * (targets[:, None] != labels[None])
     for step in range(steps):
         delta.requires_grad_()
         shown = (images[None] + delta[:, None]).clamp(0, 1).flatten(0, 1)
         losses = F.cross_entropy(run(shown), wanted, reduction="none").view(count, -1)
-        (gradient,) = torch.autograd.grad((sign * away * losses).sum(), delta)
-        size = 2 * radius * (steps - step) / (steps * (steps + 1)) * 1.5
-        gradient = gradient / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1).clamp(min=TINY)
-        delta = into_ball(delta.detach() - size * gradient, radius)
+        (gradient,) = torch.autograd.grad((weight * losses).sum(), delta)
+        length = 3 * radius * (steps - step) / (steps * (steps + 1))
+        unit = gradient / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1).clamp(min=TINY)
+        delta = into_ball(delta.detach() - length * unit, radius)
     return delta.detach()
 
 
-def into_ball(delta: Tensor, radius: Tensor | float) -> Tensor:
-    """Each ``delta[t]`` scaled down to norm ``radius`` (``[T, 1, 1, 1]`` or one number) where it is longer."""
+def into_ball(delta: Tensor, radius: float) -> Tensor:
+    """Each ``delta[t]`` scaled down to norm ``radius`` where it is longer."""
     norm = delta.flatten(1).norm(dim=1).view(-1, 1, 1, 1).clamp(min=TINY)
     return delta * (radius / norm).clamp(max=1)
 
 
 @torch.no_grad()
 def fooling_rate(run: Runner, images: Tensor, labels: Tensor, targets: Tensor, delta: Tensor) -> Tensor:
-    """Share ``[T]`` of the images that δ_t sends to class t (t ≥ 0: of those not of class t), or away from their
-    labels (t = −1)."""
+    """Share ``[T]`` of the images that δ_t sends to class t (of those not of class t), or away from their labels."""
     rates = []
     for target, one in zip(targets.tolist(), delta, strict=True):
         others = labels != target
         predicted = run((images[others] + one).clamp(0, 1)).argmax(1)
-        hit = predicted == target if target >= 0 else predicted != labels[others]
-        rates.append(hit.float().mean())
+        hit = predicted != labels[others] if target == AWAY else predicted == target
+        rates.append(hit.float().mean() if len(hit) else torch.tensor(0.0))
     return torch.stack(rates)
+
+
+def data_scale(images: Tensor) -> float:
+    """Root mean square L2 distance of the images to their mean: the unit in which radii are searched."""
+    return (images - images.mean(0)).flatten(1).square().sum(1).mean().sqrt().item()
+
+
+def natural_radius(
+    run: Runner, images: Tensor, labels: Tensor, num_classes: int, *, goal: float, steps: int, rng: torch.Generator
+) -> float:
+    """The radius at which a universal δ reaches the *median* class from a share ``goal`` of the other classes' images.
+
+    A backdoor makes a few classes easy to reach; the median class is as hard to reach as the data make it, on digits
+    as on photographs. So this is a radius for the inner problem in the data's own scale, found from the suspect model
+    and samples alone. Bisection over 1.15-fold steps from 2 % to 120 % of `data_scale`.
+    """
+    scale = data_scale(images)
+    grid = [0.02 * scale]
+    while grid[-1] < 1.2 * scale:
+        grid.append(1.15 * grid[-1])
+    targets = torch.arange(num_classes)
+    if num_classes > 20:
+        targets = torch.randperm(num_classes, generator=rng)[:20]
+    low, high = 0, len(grid) - 1
+    while low < high:
+        middle = (low + high) // 2
+        delta = universal(run, images, labels, targets, radius=grid[middle], steps=steps, rng=rng)
+        reached = fooling_rate(run, images, labels, targets, delta).median() >= goal
+        low, high = (low, middle) if reached else (middle + 1, high)
+    return grid[low]

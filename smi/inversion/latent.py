@@ -41,13 +41,18 @@ class Latent(Inversion):
         check_number("pool", self.pool, low=1, integer=True)
 
     def start(self, task: Task) -> Tensor:
-        """Of ``pool`` times as many standard normal latents those that the model takes for y most clearly ``[N, d]``."""
+        """Of ``pool`` times as many normal latents those that the model takes for y most clearly ``[N, d]``."""
         wanted = len(task.labels)
         z = torch.randn(wanted * self.pool, task.prior.latent_dim, generator=task.rng)
         self.project(z)
         with torch.no_grad():
             chunks = z.split(256)
-            loss = torch.cat([F.cross_entropy(task.run(task.generate(c)), task.labels[:1].expand(len(c)), reduction="none") for c in chunks])
+            loss = torch.cat(
+                [
+                    F.cross_entropy(task.run(task.generate(c)), task.labels[:1].expand(len(c)), reduction="none")
+                    for c in chunks
+                ]
+            )
         # Equally clear ones are taken in the order drawn: the very clearest alone would all look alike.
         return z[loss.clamp(min=CLEAR).argsort(stable=True)[:wanted]]
 

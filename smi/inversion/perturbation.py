@@ -43,7 +43,7 @@ def worst_parameters(
     """
     weights = {name: value.detach().clone().requires_grad_() for name, value in model.named_parameters()}
     loss = F.cross_entropy(run(images.detach(), weights), labels)
-    gradients = torch.autograd.grad(loss, list(weights.values()))
+    gradients = torch.autograd.grad(loss, list(weights.values()), materialize_grads=True)
     return {
         name: (w + radius * w.norm() / g.norm().clamp(min=TINY) * g).detach()
         for (name, w), g in zip(weights.items(), gradients, strict=True)

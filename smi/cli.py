@@ -1,0 +1,348 @@
+"""The command line. Exit codes: 0 done, 2 bad input, 130 interrupted.
+
+torch and smi are imported inside the commands: help is instant, and the environment is set before they load.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from smi.options import Commands, common, data_options
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from smi.domains.base import PublicImages
+    from smi.priors import GAN
+
+PER_CLASS = 30
+TRIES = 1000
+
+
+def main() -> None:
+    """The entry point."""
+    # Threads that wait for work by spinning take the processor from others (40 times slower on a shared machine).
+    # OpenMP reads this once, when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    cli(prog_name="smi")
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="stabilized-model-inversion", prog_name="smi")
+def cli() -> None:
+    """Remove a backdoor from an image classifier without clean data, by stabilized model inversion.
+
+    \b
+    Example:
+      smi demo
+    """
+
+
+@cli.command(short_help="Plant a backdoor and remove it, on digits.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder, new or empty.  [default: smi-demo-SEED]")
+@common
+def demo(seed: int, out: Path | None) -> None:
+    """Plant a backdoor in a classifier of handwritten digits, and remove it without clean data.
+
+    Trains the victim, inverts it with the shipped prior, repairs it, and compares with the controls. Downloads
+    nothing. Writes report.html, report.json and repaired.safetensors.
+
+    \b
+    Example:
+      smi demo --seed 7 --out seven
+    """
+    from smi.domains import load_domain
+    from smi.files import output_folder
+    from smi.pipeline import run_demo
+    from smi.priors import load_prior
+    from smi.report import table, verdict, write_report
+
+    folder = output_folder(out or _free_folder(f"smi-demo-{seed}"))
+    prior = load_prior("digits")
+    result = run_demo(load_domain("digits"), prior, seed=seed)
+    paths = write_report(result, folder)
+    click.echo(f"{table(result)}\n\n{_plain(verdict(result))}")
+    _wrote(paths)
+
+
+@cli.command(short_help="Remove a backdoor from a saved model.")
+@click.argument("model")
+@click.option("--prior", "prior_name", required=True, help='"digits", or a file from smi fit-prior.')
+@click.option("--public", "public_name", help="Unlabelled public images: a domain's name, an .npz or a folder.")
+@click.option("--per-class", type=click.IntRange(min=1), default=PER_CLASS, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder, new or empty.")
+@data_options
+@common
+def remove(
+    model: str,
+    prior_name: str,
+    public_name: str | None,
+    per_class: int,
+    out: Path,
+    root: str,
+    download: bool,
+    seed: int,
+) -> None:
+    """Remove a backdoor from MODEL, a classifier saved by smi (.safetensors), without clean data.
+
+    Public images help accuracy and are not required. Writes repaired.safetensors, report.html and report.json.
+    Models of other architectures: smi.remove_backdoor(model, prior) in Python.
+
+    \b
+    Examples:
+      smi remove suspect.safetensors --prior digits --public digits --out repaired
+      smi remove suspect.safetensors --prior prior.safetensors --out repaired
+    """
+    from smi.files import output_folder
+    from smi.models import read_classifier
+    from smi.pipeline import Clock, remove_backdoor
+    from smi.report import Removal, removal_verdict, write_report
+
+    folder = output_folder(out)
+    suspect, card = read_classifier(model)
+    prior = _prior(prior_name, card.channels)
+    public = _public(public_name, prior, root, download)
+    clock = Clock()
+    with clock("remove"):
+        cleaned = remove_backdoor(suspect, prior, public, per_class=per_class, seed=seed)
+    settings = {"model": model, "prior": prior.record, "public": public_name, "per_class": per_class}
+    settings |= cleaned.repair.settings
+    removal = Removal(suspect, cleaned, card.arch, card.classes, seed, clock.seconds, settings)
+    paths = write_report(removal, folder)
+    click.echo(_plain(removal_verdict(removal)))
+    _wrote(paths)
+
+
+@cli.command("fit-prior", short_help="Train a prior on public images.")
+@click.argument("public")
+@click.option("--steps", type=click.IntRange(min=1), help="Generator steps.  [default: 3000]")
+@click.option("--checkpoint", type=click.Path(path_type=Path, dir_okay=False),
+              help="Written now and then; where it exists, training goes on from it.")  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="File, new.")
+@data_options
+@common
+def fit_prior_command(
+    public: str, steps: int | None, checkpoint: Path | None, out: Path, root: str, download: bool, seed: int
+) -> None:
+    """Train a prior (a generator and a critic) on PUBLIC images: a domain's name, an .npz or a folder of images.
+
+    \b
+    Example:
+      smi fit-prior digits --steps 3000 --checkpoint run.safetensors --out prior.safetensors
+    """
+    from smi.domains import load_public
+    from smi.files import output_file
+    from smi.gan import PriorConfig, fit_prior
+    from smi.priors import save_prior
+
+    file = output_file(out)
+    if checkpoint is not None and not checkpoint.exists():
+        output_file(checkpoint)
+    images = load_public(public, root=root, download=download)
+    config = PriorConfig() if steps is None else PriorConfig(steps=steps)
+    prior = fit_prior(images, config, seed=seed, checkpoint=checkpoint)
+    save_prior(prior, file)
+    _wrote([file])
+
+
+@cli.command(short_help="Reconstruct images of every class.")
+@click.argument("model")
+@click.option("--prior", "prior_name", required=True, help='"digits", or a file from smi fit-prior.')
+@click.option("--method", default="smi", show_default=True, help="smi, latent or pixel.")
+@click.option("--per-class", type=click.IntRange(min=1), default=PER_CLASS, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help=".npz, new; a .png is written beside it.")
+@common
+def invert(model: str, prior_name: str, method: str, per_class: int, out: Path, seed: int) -> None:
+    """Reconstruct images of every class of MODEL.
+
+    Writes images (uint8, NHWC), labels and stability scores as .npz, and a picture of some of them beside it.
+
+    \b
+    Example:
+      smi invert suspect.safetensors --prior digits --method smi --per-class 30 --out images.npz
+    """
+    from dataclasses import replace
+
+    from smi.arrays import save_samples
+    from smi.figures import reconstructions
+    from smi.files import output_file, write_atomic
+    from smi.inversion import inversions
+    from smi.inversion import invert as run_inversion
+    from smi.models import read_classifier
+    from smi.report import stability
+    from smi.stability import Selection
+
+    chosen = inversions[method]()
+    file, sheet = output_file(_suffixed(out, ".npz")), output_file(out.with_suffix(".png"))
+    suspect, card = read_classifier(model)
+    prior = _prior(prior_name, card.channels)
+    # Baselines keep what they make, as in the demo; choosing by stability is part of the stabilised method.
+    selection = Selection() if method == "smi" else None
+    samples = run_inversion(suspect, prior, chosen, per_class=per_class, selection=selection, seed=seed)
+    samples = replace(samples, scores=stability(suspect, samples, seed=seed))
+    picture = reconstructions(samples, card.classes, range(min(card.num_classes, 20)), shown=min(per_class, 8))
+    save_samples(file, samples)
+    write_atomic(sheet, picture)
+    _wrote([file, sheet])
+
+
+@cli.command(short_help="Score how stable predictions are.")
+@click.argument("model")
+@click.argument("images")
+@click.option("--k", type=click.IntRange(min=1), default=16, show_default=True, help="Draws of noise.")
+@click.option("--sigma-x", type=float, default=0.1, show_default=True, help="Noise on pixels.")
+@click.option("--sigma-w", type=float, default=0.15, show_default=True, help="Noise on weights, relative.")
+@click.option("--family", default="gaussian", show_default=True, help="Of the noise: gaussian or rademacher.")
+@click.option(
+    "--divergence", default="kl", show_default=True, help="kl, cross_entropy, total_variation, margin or flip."
+)
+@click.option("--out", type=click.Path(path_type=Path), help="CSV file, new: index, label, prediction, score.")
+@common
+def score(
+    model: str, images: str, k: int, sigma_x: float, sigma_w: float, family: str, divergence: str, out: Path | None,
+    seed: int,
+) -> None:  # fmt: skip
+    """Score how stable MODEL's predictions are on the IMAGES of an .npz. Lower is more stable.
+
+    The file holds images (NHWC, uint8 or floats in [0, 1]) and may hold labels; predictions stand in for missing ones.
+
+    \b
+    Example:
+      smi score suspect.safetensors images.npz --k 16 --out scores.csv
+    """
+    from smi.arrays import load_images
+    from smi.checks import check_labels, check_model
+    from smi.compute import predict
+    from smi.files import output_file, write_atomic
+    from smi.models import read_classifier
+    from smi_kernels import stability_scores
+
+    file = None if out is None else output_file(out)
+    suspect, card = read_classifier(model)
+    pixels, labels = load_images(images)
+    check_model(suspect, pixels, card.num_classes)
+    if labels is not None:
+        check_labels(labels, len(pixels), card.num_classes, f"the labels of {images}")
+    predicted = predict(suspect, pixels).argmax(1)
+    labels = predicted if labels is None else labels
+    scores = stability_scores(
+        suspect, pixels, labels, k=k, sigma_x=sigma_x, sigma_w=sigma_w, family=family, divergence=divergence, seed=seed
+    )
+    click.echo(_quantiles(scores))
+    if file is not None:
+        lines = zip(labels.tolist(), predicted.tolist(), scores.tolist(), strict=True)
+        rows = "".join(f"{i},{label},{guess},{value:.8g}\n" for i, (label, guess, value) in enumerate(lines))
+        write_atomic(file, "index,label,prediction,score\n" + rows)
+        _wrote([file])
+
+
+@cli.command(short_help="Measure models with the trigger.")
+@click.argument("model")
+@click.argument("repaired", required=False)
+@click.option("--domain", "domain_name", default="digits", show_default=True, help="A name, an .npz or a folder.")
+@click.option("--attack", "attack_name", default="badnets", show_default=True)
+@click.option("--target", type=click.IntRange(min=0), default=0, show_default=True, help="The attacker's class.")
+@click.option("--out", type=click.Path(path_type=Path), help="JSON file, new.")
+@data_options
+@common
+def evaluate(
+    model: str, repaired: str | None, domain_name: str, attack_name: str, target: int, out: Path | None, root: str,
+    download: bool, seed: int,
+) -> None:  # fmt: skip
+    """Measure MODEL, and REPAIRED where it is given, with clean test images and the trigger.
+
+    For attackers and evaluators: it needs labelled private images. Draws nothing at random.
+
+    \b
+    Example:
+      smi evaluate digits-badnets out/repaired.safetensors --domain digits --attack badnets --target 0
+    """
+    import json
+
+    from smi.attacks import attacks
+    from smi.domains import load_domain
+    from smi.evaluation import Comparison, Evaluator
+    from smi.files import output_file, write_atomic
+    from smi.models import load_classifier
+    from smi.report import text_table
+
+    file = None if out is None else output_file(out)
+    attack = attacks[attack_name](target=target)
+    models = {"model": load_classifier(model)}
+    if repaired is not None:
+        models["repaired"] = load_classifier(repaired)
+    evaluator = Evaluator(load_domain(domain_name, root=root, download=download).private.test, attack)
+    found = {name: evaluator.measure(one) for name, one in models.items()}
+    rates = {name: vars(one).copy() for name, one in found.items()}
+    if repaired is not None:
+        rates["repaired"]["der"] = Comparison(found["model"], found["repaired"]).der
+    names = ("acc", "asr", "ra", "der")
+    rows = [[name, *(f"{100 * of[n]:.1f}" if n in of else "-" for n in names)] for name, of in rates.items()]
+    click.echo(text_table(["", *(f"{n.upper()} %" for n in names)], rows))
+    if file is not None:
+        write_atomic(file, json.dumps(rates, indent=2) + "\n")
+        _wrote([file])
+
+
+def _prior(name: str, channels: int) -> GAN:
+    """The prior, checked against the model's channels."""
+    from smi.errors import InputError
+    from smi.priors import load_prior
+
+    prior = load_prior(name)
+    if prior.image_shape[0] != channels:
+        raise InputError(
+            f"The prior makes images with {prior.image_shape[0]} channels; the model takes {channels}. Choose a prior "
+            "of the model's kind of images, or train one: smi fit-prior."
+        )
+    return prior
+
+
+def _public(name: str | None, prior: GAN, root: str, download: bool) -> PublicImages | None:
+    """The public images, checked against the prior's."""
+    from smi.domains import load_public
+    from smi.errors import InputError
+
+    if name is None:
+        return None
+    public = load_public(name, root=root, download=download)
+    if tuple(public.images.shape[1:]) != tuple(prior.image_shape):
+        raise InputError(
+            f"Public images are {tuple(public.images.shape[1:])}, the prior's {tuple(prior.image_shape)}. Resize them."
+        )
+    return public
+
+
+def _free_folder(name: str) -> Path:
+    """``name``, or ``name-2`` and so on where there is one already."""
+    return next(path for i in range(1, TRIES) if not (path := Path(name if i == 1 else f"{name}-{i}")).exists())
+
+
+def _suffixed(path: Path, suffix: str) -> Path:
+    from smi.errors import InputError
+
+    if path.suffix != suffix:
+        raise InputError(f"--out is {str(path)!r}. Allowed: a name that ends in {suffix}.")
+    return path
+
+
+def _quantiles(scores: Tensor) -> str:
+    shares = {"5 %": 0.05, "25 %": 0.25, "median": 0.5, "75 %": 0.75, "95 %": 0.95}
+    values = {name: scores.float().quantile(share).item() for name, share in shares.items()}
+    lines = {"images": f"{len(scores)}", "mean": f"{scores.mean().item():.4g}"}
+    lines |= {name: f"{value:.4g}" for name, value in values.items()}
+    return "\n".join(f"{name:8}{value}" for name, value in lines.items())
+
+
+def _plain(text: str) -> str:
+    """Text for any terminal: the page's typography undone."""
+    return text.replace("\u00a0", " ").replace("“", '"').replace("”", '"')
+
+
+def _wrote(paths: list[Path]) -> None:
+    for path in paths:
+        click.echo(f"wrote {path}")

@@ -1,0 +1,33 @@
+"""Fine-tuning: train on with the samples. The simplest removal, and often none at all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from smi.compute import Runner
+from smi.defenses.base import Defense, Distillation, Repair, Schedule, defenses, train_repair
+from smi.domains.base import PublicImages, Samples
+from smi.seeding import stream
+
+
+@defenses.register("ft")
+@dataclass(frozen=True, kw_only=True)
+class FineTune(Defense):
+    """Minimise cross-entropy on the samples; with ``schedule.distill`` also stay close to the suspect's outputs."""
+
+    schedule: Schedule = field(default_factory=lambda: Schedule(distill=0.0))
+
+    name = "ft"
+
+    def _repair(self, model: nn.Module, samples: Samples, public: PublicImages | None, seed: int) -> Repair:
+        distil = Distillation(model, public, stream(seed, "distil"))
+
+        def loss(run: Runner, images: Tensor, labels: Tensor) -> Tensor:
+            value = F.cross_entropy(run(images), labels)
+            return value + self.schedule.distill * distil(run, images) if self.schedule.distill else value
+
+        repaired, curve = train_repair(model, samples, self.schedule, loss, seed=seed)
+        return Repair(repaired, self.name, samples.source, self.settings(), {"loss": curve})

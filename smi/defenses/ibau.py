@@ -1,0 +1,35 @@
+"""I-BAU (Zeng et al., "Adversarial Unlearning of Backdoors via Implicit Hypergradient", ICLR 2022).
+
+Unlearn whatever one δ on all images can do: ``min_θ max_{‖δ‖≤C} CE(f_θ(x + δ), y)``. Two solvers of that problem:
+`Robust`, the default, and `Published`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import nn
+
+from smi.defenses.base import Defense, Repair, defenses
+from smi.defenses.ibau_published import Published
+from smi.defenses.ibau_robust import Robust
+from smi.domains.base import PublicImages, Samples
+
+
+@defenses.register("ibau")
+@dataclass(frozen=True, kw_only=True)
+class IBAU(Defense):
+    """I-BAU with a `Robust` or a `Published` solver."""
+
+    solver: Robust | Published = field(default_factory=Robust)
+
+    name = "ibau"
+
+    def _repair(self, model: nn.Module, samples: Samples, public: PublicImages | None, seed: int) -> Repair:
+        repaired, log, delta = self.solver.solve(model, samples, public, seed)
+        return Repair(repaired, f"ibau/{self.solver.name}", samples.source, self.settings(), log, delta)
+
+    def settings(self) -> dict[str, Any]:
+        """The configuration, for the record."""
+        return {"defense": self.name, "solver": self.solver.name} | asdict(self.solver)

@@ -1,0 +1,104 @@
+"""I-BAU as published: one universal δ, few rounds, an implicit hypergradient (Zeng et al., ICLR 2022).
+
+Its settings assume 5,000 samples. With a few hundred it is here to be compared with, not relied on.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from smi.checks import check_number
+from smi.defenses.hypergradient import BilevelProblem, hypergradient
+from smi.defenses.universal import into_ball
+from smi.domains.base import PublicImages, Samples
+from smi.seeding import stream
+
+SHRINK = 1e-3  # weight of ‖δ‖² in the inner problem
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """The published solver.
+
+    rounds: searches for δ, each followed by a pass over the samples. inner_steps, inner_lr: gradient ascent on δ from
+    zero. lr: Adam on the weights. radius: C, L2, in [0, 1] pixels. stamped: share of a batch that carries δ (at least
+    one image: below a hundred images the published share rounds to none, and I-BAU to fine-tuning). eta: rate of the
+    fixed-point map. iterations: its truncation.
+    """
+
+    rounds: int = 5
+    inner_steps: int = 5
+    inner_lr: float = 10.0
+    lr: float = 1e-3
+    batch_size: int = 100
+    radius: float = 10.0
+    stamped: float = 0.05
+    eta: float = 0.1
+    iterations: int = 5
+
+    name = "published"
+
+    def __post_init__(self) -> None:
+        for whole in ("rounds", "inner_steps", "batch_size", "iterations"):
+            check_number(whole, getattr(self, whole), low=1, integer=True)
+        check_number("stamped", self.stamped, low=0, high=1)
+
+    def solve(
+        self, model: nn.Module, samples: Samples, public: PublicImages | None, seed: int
+    ) -> tuple[nn.Module, dict[str, Any], Tensor]:
+        """Repaired model, log, first δ ``[1, C, H, W]``. Float32 throughout; ``public`` is not used."""
+        repaired = copy.deepcopy(model).eval()
+        names = [name for name, _ in repaired.named_parameters()]
+        theta = list(repaired.parameters())
+        optimizer = torch.optim.Adam(theta, self.lr)
+        rng, curve, first = stream(seed, "published"), [], None
+
+        def logits(images: Tensor, weights: Sequence[Tensor]) -> Tensor:
+            return functional_call(repaired, dict(zip(names, weights, strict=True)), (images,))
+
+        for _ in range(self.rounds):
+            delta = self._ascend(repaired, samples, rng)
+            first = delta if first is None else first
+            for batch in torch.randperm(len(samples), generator=rng).split(self.batch_size):
+                problem = self._problem(logits, samples.images[batch], samples.labels[batch])
+                gradients = hypergradient(problem, delta, theta, iterations=self.iterations)
+                for weight, gradient in zip(theta, gradients, strict=True):
+                    weight.grad = gradient
+                optimizer.step()
+            with torch.no_grad():
+                curve.append(problem.outer(delta, theta).item())
+        assert first is not None
+        return repaired, {"loss": curve, "radius": self.radius}, first
+
+    def _ascend(self, model: nn.Module, samples: Samples, rng: torch.Generator) -> Tensor:
+        """Plain ascent from zero against the model's own labels, one batch a step."""
+        delta = torch.zeros(1, *samples.images.shape[1:])
+        for _ in range(self.inner_steps):
+            images = samples.images[torch.randperm(len(samples), generator=rng)[: self.batch_size]]
+            with torch.no_grad():
+                own = model(images).argmax(1)
+            delta.requires_grad_()
+            loss = -F.cross_entropy(model(images + delta), own) + SHRINK * delta.square().sum()
+            (gradient,) = torch.autograd.grad(loss, delta)
+            delta = into_ball(delta.detach() - self.inner_lr * gradient, self.radius)
+        return delta
+
+    def _problem(self, logits: Any, images: Tensor, labels: Tensor) -> BilevelProblem:
+        count = max(1, round(self.stamped * len(images)))
+
+        def inner(delta: Tensor, weights: Sequence[Tensor]) -> Tensor:
+            return -F.cross_entropy(logits(images + delta, weights), labels) + SHRINK * delta.square().sum()
+
+        def outer(delta: Tensor, weights: Sequence[Tensor]) -> Tensor:
+            mixed = torch.cat([images[:count] + delta, images[count:]])
+            return F.cross_entropy(logits(mixed, weights), labels)
+
+        return BilevelProblem(inner, outer, self.radius, self.eta)

@@ -1,0 +1,59 @@
+"""How an exercise is checked: run the reader's function on cases, and say what is wrong without ever raising."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of the reader's function.
+
+    arguments: what it is called with. expected: what it should return, a number or a tensor. hint: what is probably
+    wrong where it returns something else.
+    """
+
+    arguments: tuple[Any, ...]
+    expected: Any
+    hint: str
+
+
+def check(attempt: Callable[..., Any], cases: Sequence[Case], *, tolerance: float = 1e-4) -> None:
+    """Print "not attempted yet", "passed", or what is wrong with the first case that fails."""
+    print(verdict(attempt, cases, tolerance))
+
+
+def verdict(attempt: Callable[..., Any], cases: Sequence[Case], tolerance: float = 1e-4) -> str:
+    """What `check` prints. A function that returns None or raises `NotImplementedError` counts as not attempted."""
+    for case in cases:
+        try:
+            got = attempt(*case.arguments)
+        except NotImplementedError:
+            got = None
+        except Exception as error:  # the reader's code may fail in any way; the notebook goes on
+            return f"Not yet: your function raised {type(error).__name__}: {error}"
+        if got is None:
+            return "Not attempted yet: replace the stub and run both cells again."
+        problem = _difference(got, case.expected, tolerance)
+        if problem:
+            return f"Not yet: {problem} {case.hint}"
+    return "Passed."
+
+
+def _difference(got: Any, expected: Any, tolerance: float) -> str:
+    """What is wrong with ``got``, in a sentence; empty where nothing is."""
+    try:
+        value, wanted = torch.as_tensor(got).double(), torch.as_tensor(expected).double()
+    except (TypeError, ValueError, RuntimeError):
+        return f"your function returned a {type(got).__name__}, which is no number and no tensor."
+    if value.shape != wanted.shape:
+        return f"your function returned shape {tuple(value.shape)} where {tuple(wanted.shape)} is right."
+    if torch.allclose(value, wanted, rtol=tolerance, atol=tolerance):
+        return ""
+    if wanted.ndim == 0:
+        return f"your function returned {value.item():.4g} where {wanted.item():.4g} is right."
+    return "your function returned other numbers than are right."

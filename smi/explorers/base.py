@@ -1,0 +1,100 @@
+"""What an explorer is: controls, a pure computation of their values, and a figure of what it found.
+
+A new explorer is a subclass that passes its controls on and defines `compute`, `figure` and `describe`; the rest is
+shared. What a callback raises is shown nowhere by JupyterLab, so it is caught here and shown in the status line, while
+the last good figure stays.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping
+from typing import Any
+
+import ipywidgets as W
+from matplotlib.figure import Figure
+
+from smi.explorers.pictures import Picture
+
+
+class Explorer:
+    """Base of every explorer.
+
+    controls: widgets by name; each is observed, and its value handed to `compute` under that name. They should have
+    ``continuous_update=False``, and `compute` should take at most 0.3 s.
+
+    widget: what a notebook shows, for putting it into a layout of one's own. Controls are ipywidgets and work from the
+    keyboard: Tab moves between them, arrow keys change a slider.
+    """
+
+    def __init__(self, controls: Mapping[str, W.Widget]) -> None:
+        self.controls = dict(controls)
+        self.picture: Picture | None = None
+        self._numbers: dict[str, Any] = {}
+        self._view, self._status = W.HTML(), W.HTML()
+        self.widget = W.VBox([*self.controls.values(), self._status, self._view])
+        self._draw(self.values)
+        for control in self.controls.values():
+            control.observe(self._on_change, names="value")
+
+    def compute(self, *args: Any, **values: Any) -> Any:
+        """What there is to show, from the controls' values alone: the same values give the same result."""
+        raise NotImplementedError
+
+    def figure(self, result: Any) -> Figure:
+        """The figure of a result, made without pyplot."""
+        raise NotImplementedError
+
+    def describe(self, result: Any) -> tuple[str, str, dict[str, Any]]:
+        """Alternative text (the same on every machine), caption (the readout), and the numbers of `state`."""
+        raise NotImplementedError
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The controls' values."""
+        return {name: control.value for name, control in self.controls.items()}
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The controls' values and the numbers shown, floats rounded to three digits."""
+        return {name: _rounded(value) for name, value in (self.values | self._numbers).items()}
+
+    @property
+    def status(self) -> str:
+        """What the status line says, as HTML; empty where all is well."""
+        return self._status.value
+
+    @property
+    def readout(self) -> str:
+        """What is shown below the controls, as HTML: the figure and its caption."""
+        return self._view.value
+
+    def _on_change(self, change: object) -> None:
+        try:
+            self._draw(self.values)
+        except Exception as error:  # whatever it is, the reader must see it and be able to go on
+            self._status.value = (
+                f'<p role="alert" style="color:#B00020"><b>Not updated:</b> {html.escape(str(error))} '
+                "The figure below is the last good one.</p>"
+            )
+
+    def _draw(self, values: Mapping[str, Any]) -> None:
+        result = self.compute(**values)
+        alt, caption, numbers = self.describe(result)
+        picture = Picture(self.figure(result), alt)
+        self.picture, self._numbers = picture, numbers
+        self._view.value, self._status.value = picture.html(caption), ""
+
+    def __repr__(self) -> str:
+        values = ", ".join(f"{name}={_rounded(value)!r}" for name, value in self.values.items())
+        return f"{type(self).__name__}({values})"
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, Any]:
+        """The widget where there is a kernel, the picture on a static page, text elsewhere."""
+        live = {"version_major": 2, "version_minor": 0, "model_id": self.widget.model_id}
+        picture = {} if self.picture is None else {"image/png": self.picture.base64}
+        return {"application/vnd.jupyter.widget-view+json": live, **picture, "text/plain": repr(self)}
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.3g}") if isinstance(value, float) else value

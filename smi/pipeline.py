@@ -1,0 +1,220 @@
+"""One run, composed: the call a user makes, and the demo that also plays attacker and evaluator."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smi.attacks import Attack, BadNets, poison
+from smi.classifiers import TrainConfig, train_classifier
+from smi.compute import bf16_is_fast, predict
+from smi.defenses import IBAU, Defense, FineTune, Repair
+from smi.domains.base import Domain, PublicImages, Samples
+from smi.evaluation import Comparison, Evaluator, Measurement, clean_control
+from smi.inversion import Inversion, Latent, Stabilized, invert
+from smi.priors import Prior
+from smi.stability import Selection
+
+PER_CLASS = 30
+
+
+@dataclass(frozen=True, eq=False)
+class Cleaned:
+    """What `remove_backdoor` returns: the repaired model, the reconstructions it was repaired with, the details."""
+
+    model: nn.Module
+    samples: Samples
+    repair: Repair
+
+    def __repr__(self) -> str:
+        return f"Cleaned({self.repair}, {self.samples})"
+
+
+def remove_backdoor(
+    model: nn.Module,
+    prior: Prior,
+    public: PublicImages | None = None,
+    *,
+    inversion: Inversion | None = None,
+    selection: Selection | None = None,
+    defense: Defense | None = None,
+    per_class: int = PER_CLASS,
+    seed: int = 0,
+) -> Cleaned:
+    """Remove a backdoor from ``model`` without any clean data.
+
+    model: images ``[N, C, H, W]`` in [0, 1] to logits. prior: a generator of public images of that shape. public:
+    unlabelled public images, on which the repaired model is held to the suspect's outputs; worth having, not needed.
+    The rest defaults to the project's settings. The model passed in is left as it is. Raises `InputError` before any
+    work where the pieces do not fit together.
+
+    >>> prior = load_prior("digits")                        # doctest: +SKIP
+    >>> cleaned = remove_backdoor(my_model, prior)          # doctest: +SKIP
+    >>> torch.save(cleaned.model.state_dict(), "clean.pt")  # doctest: +SKIP
+    """
+    samples = invert(
+        model, prior, inversion or Stabilized(), per_class=per_class, selection=selection or Selection(), seed=seed
+    )
+    repair = (defense or IBAU()).repair(model, samples, public, seed=seed)
+    return Cleaned(repair.model, samples, repair)
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One line of the demo's table: what the samples were, which defense and solver, and what the evaluator found."""
+
+    source: str
+    label: str
+    defense: str
+    result: Comparison
+    repair: Repair
+
+
+@dataclass(eq=False)
+class Demo:
+    """Everything a demo run found, for table, report and notebooks.
+
+    rows: in the order of the table, SMI under the source "smi". stamped: examples of the trigger. stages: seconds.
+    """
+
+    seed: int
+    domain: Domain
+    victim: nn.Module
+    attack: Attack
+    before: Measurement
+    samples: Samples
+    rows: list[Row]
+    stages: dict[str, float]
+    settings: dict[str, Any]
+    threads: int = field(default_factory=torch.get_num_threads)
+
+    def row(self, source: str) -> Row:
+        """The row of one source."""
+        return next(row for row in self.rows if row.source == source)
+
+    def summary(self) -> dict[str, Any]:
+        """The record that `report.json` holds: rates in [0, 1], times in seconds."""
+        smi = self.row("smi")
+        return {
+            "seed": self.seed,
+            "n": len(self.samples),
+            "before": {"acc": self.before.acc, "asr": self.before.asr},
+            "after": smi.result.as_dict(),
+            "controls": {row.source: row.result.as_dict() for row in self.rows if row.source != "smi"},
+            "stages": self.stages,
+            "settings": self.settings,
+            "findings": {row.source: findings(row.repair) for row in self.rows},
+            "versions": versions(),
+            "threads": self.threads,
+            "kernel_backend": "torch",
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """What the demo runs with; the same for every seed."""
+
+    train: TrainConfig = field(default_factory=TrainConfig)
+    attack: Attack = field(default_factory=BadNets)
+    rate: float = 0.1
+    per_class: int = PER_CLASS
+    inversion: Inversion = field(default_factory=Stabilized)
+    latent: Inversion = field(default_factory=Latent)
+    selection: Selection = field(default_factory=Selection)
+    defense: IBAU = field(default_factory=IBAU)
+    baseline: FineTune = field(default_factory=FineTune)
+
+
+def run_demo(domain: Domain, prior: Prior, config: DemoConfig = DemoConfig(), *, seed: int = 0) -> Demo:
+    """Plant a backdoor, remove it without clean data, and compare with the controls.
+
+    Attacker and evaluator use ``domain.private``; the defender is handed the victim, the prior and public images.
+    """
+    clock = Clock()
+    with clock("train"):
+        poisoned = poison(domain.private.train, config.attack, rate=config.rate, seed=seed)
+        victim = train_classifier(poisoned, config.train, seed=seed)
+    evaluator = Evaluator(domain.private.test, config.attack)
+    sources = _sources(domain, prior, victim, config, seed, clock)
+    before = evaluator.measure(victim)
+    rows = []
+    for source, (label, samples) in sources.items():
+        defense: Defense = config.baseline if source == "public" else config.defense
+        with clock("repair" if source == "smi" else f"repair/{source}"):
+            repair = defense.repair(victim, samples, domain.public, seed=seed)
+        with clock("evaluate"):
+            after = evaluator.measure(repair.model)
+        rows.append(Row(source, label, repair.defense, Comparison(before, after), repair))
+    settings = {"domain": domain.name, "prior": getattr(prior, "record", {}), **asdict(config)}
+    settings["attack"] = {"name": type(config.attack).__name__} | settings["attack"]
+    return Demo(seed, domain, victim, config.attack, before, sources["smi"][1], rows, clock.seconds, settings)
+
+
+def _sources(
+    domain: Domain, prior: Prior, victim: nn.Module, config: DemoConfig, seed: int, clock: Clock
+) -> dict[str, tuple[str, Samples]]:
+    """The samples of every row, the same number each."""
+    with clock("invert"):
+        smi = invert(victim, prior, config.inversion, per_class=config.per_class, selection=config.selection, seed=seed)
+    with clock("invert/latent"):
+        latent = invert(victim, prior, config.latent, per_class=config.per_class, seed=seed)
+    public = pseudo_labelled(victim, domain.public, len(smi), seed=seed)
+    clean = clean_control(domain.private.train, per_class=config.per_class, seed=seed)
+    return {
+        "public": ("public images, pseudo-labels", public),
+        "latent": ("latent inversion, no stability", latent),
+        "smi": ("SMI, no clean data", smi),
+        "clean": ("clean samples (control)", clean),
+    }
+
+
+def pseudo_labelled(model: nn.Module, public: PublicImages, n: int, *, seed: int = 0) -> Samples:
+    """``n`` public images (all where there are fewer) with the labels that the suspect model gives them."""
+    logits = predict(model, public.images)
+    chosen = torch.randperm(len(public), generator=torch.Generator().manual_seed(seed))[:n]
+    return Samples(public.images[chosen], logits[chosen].argmax(1), logits.shape[1], "public")
+
+
+def findings(repair: Repair) -> dict[str, Any]:
+    """What a defense logged, as plain numbers for a record."""
+    return {"defense": repair.defense, **repair.log}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on, and the processor's own way of multiplying."""
+    packages = {name: version(name) for name in ("torch", "numpy")}
+    return packages | {
+        "python": platform.python_version(),
+        "cpu": torch.backends.cpu.get_cpu_capability() + (" bf16" if bf16_is_fast() else ""),
+    }
+
+
+class Clock:
+    """Seconds by stage; a stage entered twice adds up."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Time what is inside the block."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - start
+            self.seconds[stage] = round(self.seconds.get(stage, 0.0) + spent, 3)
+
+
+def example_stamps(demo: Demo, count: int = 5) -> tuple[Tensor, Tensor]:
+    """``count`` test images without and with the trigger, for pictures."""
+    images = demo.domain.private.test.images[:count]
+    return images, demo.attack.stamp(images)

@@ -1,0 +1,206 @@
+"""What a run found, for people: an HTML page, a JSON record, a table for the terminal, and the repaired weights.
+
+A page is put together from sections. Those that need only what a defender has serve the demo (`Demo`) and a user's
+own model (`Removal`) alike.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smi.compute import predict
+from smi.domains.base import Samples
+from smi.files import output_folder, write_atomic
+from smi.models import save_classifier
+from smi.page import page, paragraph
+from smi.pipeline import Cleaned, Demo, findings, versions
+from smi.sections import (
+    RATES,
+    curves_section,
+    defender_section,
+    defense_name,
+    percent,
+    perturbations_section,
+    reconstructions_section,
+    record_section,
+    result_rows,
+    results_section,
+    time_section,
+    trigger_section,
+)
+from smi.stability import Selection
+from smi_kernels import stability_scores
+
+
+@dataclass(frozen=True, eq=False)
+class Removal:
+    """A removal from a user's own model, and what can be measured about it without clean data or the trigger.
+
+    suspect: the model before. arch: its architecture's name, for saving. classes: names in the order of the labels.
+    stages: seconds by stage. settings: for the record.
+    """
+
+    suspect: nn.Module
+    cleaned: Cleaned
+    arch: str
+    classes: tuple[str, ...]
+    seed: int
+    stages: dict[str, float]
+    settings: dict[str, Any]
+
+    @cached_property
+    def agreement(self) -> Tensor:
+        """Whether both models give the same label, bool ``[N]``, on each reconstruction."""
+        images = self.cleaned.samples.images
+        return predict(self.suspect, images).argmax(1) == predict(self.cleaned.model, images).argmax(1)
+
+    @cached_property
+    def stability(self) -> tuple[Tensor, Tensor]:
+        """Stability scores ``[N]`` of the reconstructions on the suspect and on the repaired model, same noise."""
+        models = (self.suspect, self.cleaned.model)
+        before, after = (stability(model, self.cleaned.samples, seed=self.seed) for model in models)
+        return before, after
+
+    def summary(self) -> dict[str, Any]:
+        """The record that `report.json` holds: rates in [0, 1], times in seconds."""
+        before, after = (scores.median().item() for scores in self.stability)
+        return {
+            "seed": self.seed,
+            "n": len(self.cleaned.samples),
+            "classes": list(self.classes),
+            "agreement": self.agreement.float().mean().item(),
+            "stability": {"median_before": before, "median_after": after},
+            "findings": findings(self.cleaned.repair),
+            "stages": self.stages,
+            "settings": self.settings,
+            "versions": versions(),
+            "threads": torch.get_num_threads(),
+            "kernel_backend": "torch",
+        }
+
+
+def stability(model: nn.Module, samples: Samples, selection: Selection = Selection(), *, seed: int = 0) -> Tensor:  # noqa: B008
+    """Stability scores ``[N]`` of samples on ``model``, in eval mode, under the noise that selection uses."""
+    return stability_scores(
+        model, samples.images, samples.labels, k=selection.k, sigma_x=selection.sigma_x, sigma_w=selection.sigma_w,
+        divergence=selection.divergence, seed=seed,
+    ).cpu()  # fmt: skip
+
+
+def write_report(run: Demo | Removal, folder: str | Path) -> list[Path]:
+    """Write ``report.html``, ``report.json`` and ``repaired.safetensors``; returns their paths.
+
+    folder: new or empty, else `InputError`. Everything is composed before the first file is written.
+    """
+    if isinstance(run, Demo):
+        html, model, arch = demo_page(run), run.row("smi").repair.model, run.settings["train"]["arch"]
+        classes: Sequence[str] = run.domain.classes
+    else:
+        html, model, arch, classes = removal_page(run), run.cleaned.model, run.arch, run.classes
+    summary = _finite(run.summary())
+    content = json.dumps(summary, indent=2, default=str, allow_nan=False) + "\n"
+    target = output_folder(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    paths = [target / name for name in ("report.html", "report.json", "repaired.safetensors")]
+    write_atomic(paths[0], html)
+    write_atomic(paths[1], content)
+    record = {"classes": list(classes), "seed": run.seed, "settings": json.loads(content)["settings"]}
+    save_classifier(model, paths[2], arch=arch, record=record)
+    return paths
+
+
+def demo_page(demo: Demo) -> str:
+    """The demo's report as HTML."""
+    smi, classes = demo.row("smi"), demo.domain.classes
+    runs = {row.source: row.repair for row in demo.rows}
+    return page(
+        f"Backdoor removal without clean data: {demo.domain.name}, seed {demo.seed}",
+        paragraph(verdict(demo), "verdict"),
+        results_section(demo),
+        trigger_section(demo),
+        reconstructions_section(demo.samples, classes),
+        perturbations_section(smi.repair, classes),
+        curves_section(runs),
+        time_section(demo.stages, demo.threads),
+        record_section(demo.settings, versions()),
+    )
+
+
+def removal_page(removal: Removal) -> str:
+    """The report on a user's own model as HTML."""
+    cleaned = removal.cleaned
+    return page(
+        f"Backdoor removal without clean data, seed {removal.seed}",
+        paragraph(removal_verdict(removal), "verdict"),
+        defender_section(removal.agreement, removal.stability, cleaned.repair, cleaned.samples, removal.classes),
+        reconstructions_section(cleaned.samples, removal.classes),
+        perturbations_section(cleaned.repair, removal.classes),
+        curves_section({cleaned.samples.source: cleaned.repair}),
+        time_section(removal.stages, torch.get_num_threads()),
+        record_section(removal.settings, versions()),
+    )
+
+
+def verdict(demo: Demo) -> str:
+    """One sentence on how the demo went."""
+    before, after = demo.before, demo.row("smi").result.after
+    if before.asr < 0.5:
+        head = "There was hardly a backdoor to remove"
+    elif after.asr <= 0.1:
+        lost = before.acc - after.acc
+        price = ", at a price in accuracy" if lost <= 0.1 else ", but so is much of the accuracy"
+        head = "The backdoor is removed" + (price if lost > 0.03 else "")
+    else:
+        head = "The backdoor is weakened, not removed" if after.asr <= before.asr / 2 else "The backdoor is still there"
+    return (
+        f"{head}: attack success went from {percent(before.asr)} to {percent(after.asr)} and accuracy from "
+        f"{percent(before.acc)} to {percent(after.acc)}, without any clean data."
+    )
+
+
+def removal_verdict(removal: Removal) -> str:
+    """One sentence on what a defender can tell."""
+    log, same = removal.cleaned.repair.log, percent(removal.agreement.float().mean().item())
+    kept = f"the repaired model gives {same} of the reconstructions the label that the suspect model gave"
+    if not log.get("fooling_before"):
+        return f"Repaired by {defense_name(removal.cleaned.repair.defense)}: {kept}."
+    worst = max(range(len(removal.classes)), key=lambda label: log["fooling_before"][label])
+    return (
+        f"One small pattern sent {percent(log['fooling_before'][worst])} of the other classes' reconstructions to "
+        f"class “{removal.classes[worst]}”. On the repaired model the strongest pattern of that size, for any class, "
+        f"sends {percent(max(log['fooling_after']))}, and {kept}."
+    )
+
+
+def table(demo: Demo) -> str:
+    """The demo's table for the terminal."""
+    rows = [[label, removal, *rates] for label, removal, rates in result_rows(demo)]
+    return text_table(["samples", "removal", *(f"{name} %" for name in RATES)], rows, left=2)
+
+
+def text_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    """A table for the terminal: the first ``left`` columns flush left, the others right."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    lines = [
+        "  ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in [head, *rows]
+    ]
+    return "\n".join(line.rstrip() for line in [lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def _finite(value: Any) -> Any:
+    """The record without NaN and infinities, which JSON does not have: None instead."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value

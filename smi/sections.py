@@ -1,0 +1,209 @@
+"""The sections of a report, each HTML from the piece of a run that it shows, or nothing where there is none to show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from smi import figures
+from smi.compute import predict
+from smi.defenses import Repair
+from smi.domains.base import Samples
+from smi.page import details, paragraph, picture, section, table
+from smi.pipeline import Demo, example_stamps
+
+MOST_CLASSES = 20  # that a figure shows; tables show all
+SHOWN = 5
+SHORT = {"public": "public images", "latent": "latent MI", "smi": "SMI", "clean": "clean control"}
+RATES = ("ACC", "ASR", "RA", "DER")
+GLOSSARY = (
+    "In percent. ACC: clean test images classified correctly (higher is better). ASR: images with the trigger that get "
+    "the attacker's label (lower is better). RA: images with the trigger that keep their own label (higher). DER: "
+    "attack success taken away less accuracy lost, on a scale where 50 is no effect and 100 is perfect."
+)
+
+
+def percent(rate: float) -> str:
+    """A rate in [0, 1] with one digit, the sign kept on its line."""
+    return f"{100 * rate:.1f}\u00a0%"
+
+
+def defense_name(name: str) -> str:
+    """A defense's name for readers: "ibau/robust" is I-BAU with the robust solver."""
+    family, _, solver = name.partition("/")
+    plain = {"ibau": "I-BAU", "ft": "fine-tuning"}.get(family, family)
+    return f"{plain}, {solver} solver" if solver else plain
+
+
+def result_rows(demo: Demo) -> list[tuple[str, str, list[str]]]:
+    """Samples, removal and the four rates in percent, for every line of the table."""
+    before = [f"{100 * rate:.1f}" for rate in (demo.before.acc, demo.before.asr, demo.before.ra)]
+    rows = [("none", "no defense", [*before, "-"])]
+    for row in demo.rows:
+        rates = row.result.as_dict()
+        rows.append(
+            (row.label, defense_name(row.repair.defense), [f"{100 * rates[name.lower()]:.1f}" for name in RATES])
+        )
+    return rows
+
+
+def results_section(demo: Demo) -> str:
+    """The table of every run, SMI's shaded."""
+    (_, first, rates), *others = result_rows(demo)
+    rows: list[Any] = [[first, *rates], *([(label, removal), *rates] for label, removal, rates in others)]
+    mark = 1 + [row.source for row in demo.rows].index("smi")
+    shaded = f" Shaded: the method, with {len(demo.samples)} reconstructions and no clean data."
+    return section("Result", table(["Samples", *RATES], rows, GLOSSARY + shaded, mark))
+
+
+def trigger_section(demo: Demo) -> str:
+    """The trigger on sample images, and what the models make of them."""
+    clean, stamped = example_stamps(demo)
+    models = (demo.victim, demo.row("smi").repair.model)
+    suspect, repaired = ([demo.domain.classes[i] for i in predict(model, stamped).argmax(1)] for model in models)
+    png = figures.stamps(clean, stamped, list(zip(suspect, repaired, strict=True)))
+    alt = (
+        f"{len(clean)} test images without and with the trigger. With it the suspect model says {', '.join(suspect)}; "
+        f"the repaired model says {', '.join(repaired)}."
+    )
+    caption = (
+        "Test images without and with the trigger, and what the two models say to the latter. Attacker and evaluator "
+        "know the trigger; the defense was never shown it, nor any of these images."
+    )
+    return section("The trigger", picture(png, alt, caption))
+
+
+def reconstructions_section(samples: Samples, classes: Sequence[str]) -> str:
+    """Reconstructions of each class with their stability."""
+    labels = range(min(len(classes), MOST_CLASSES))
+    png = figures.reconstructions(samples, classes, labels, SHOWN)
+    per_class = len(samples) // max(1, samples.num_classes)
+    caption = f"{SHOWN} of the {per_class} images a class that the suspect model and the prior gave."
+    alt = f"{caption} No real image of the task was used."
+    if samples.scores is not None:
+        medians = {label: samples.scores[samples.labels == label].median().item() for label in labels}
+        best, worst = min(medians, key=medians.__getitem__), max(medians, key=medians.__getitem__)
+        caption += (
+            f" Below each its stability score{_unit(figures.score_unit(samples.scores))}, at the left the median of "
+            "its class: how far the prediction moves under noise on image and weights; lower is more stable."
+        )
+        alt += (
+            f" Class {classes[best]} is the most stable, median score {medians[best]:.2g}; class {classes[worst]} the "
+            f"least, {medians[worst]:.2g}."
+        )
+    return section("Reconstructions", picture(png, alt, caption + _cut(len(classes), len(labels))))
+
+
+def perturbations_section(repair: Repair, classes: Sequence[str]) -> str:
+    """The universal δ's found on the suspect model, with fooling rates before and after."""
+    if repair.delta is None:
+        return ""
+    before, after = repair.log.get("fooling_before"), repair.log.get("fooling_after")
+    if not before or not after or len(repair.delta) != len(classes):
+        png = figures.perturbations(repair.delta[:MOST_CLASSES], [("", "")] * len(repair.delta), None)
+        return section("What the defender found", picture(png, "The universal pattern found.", _radius(repair)))
+    order = sorted(range(len(classes)), key=lambda label: -before[label])[:MOST_CLASSES]
+    shown, strongest = sorted(order), order[0]
+    titles = [(classes[i], f"{100 * before[i]:.0f} → {100 * after[i]:.0f} %") for i in shown]
+    png = figures.perturbations(repair.delta[shown], titles, shown.index(strongest))
+    alt = (
+        f"One pattern a class. The strongest on the suspect model goes to class {classes[strongest]} and fooled "
+        f"{percent(before[strongest])} of the other classes' samples; a new search on the repaired model reaches "
+        f"{percent(after[strongest])} for that class and {percent(max(after))} at most for any."
+    )
+    caption = (
+        f"{_radius(repair)} Above each pattern the class it leads to, and the share of the other classes' samples that "
+        "it sends there: on the suspect model, then with a new search on the repaired one. Framed: the strongest on "
+        "the suspect model." + _cut(len(classes), len(shown))
+    )
+    return section("What the defender found", picture(png, alt, caption))
+
+
+def curves_section(repairs: Mapping[str, Repair]) -> str:
+    """Loss and strongest fooling rate by round. Fine-tuning minimises another loss and has no δ, so it is left out."""
+    shown = {name: repair for name, repair in repairs.items() if repair.log.get("fooling")}
+    if not shown:
+        shown = {name: repair for name, repair in repairs.items() if repair.log.get("loss")}
+    names = {name: SHORT.get(name, name) for name in shown}
+    panels = {
+        "loss": {names[n]: repair.log["loss"] for n, repair in shown.items() if repair.log.get("loss")},
+        "strongest fooling rate": {names[n]: r.log["fooling"] for n, r in shown.items() if r.log.get("fooling")},
+    }
+    panels = {quantity: lines for quantity, lines in panels.items() if lines}
+    if not panels:
+        return ""
+    ends = "; ".join(
+        f"{quantity} of {name} from {values[0]:.2f} to {values[-1]:.2f}"
+        for quantity, lines in panels.items()
+        for name, values in lines.items()
+    )
+    caption = "Mean loss of each round of removal"
+    if "strongest fooling rate" in panels:
+        caption += ", and the share of samples that the strongest pattern still fools as the round begins"
+    return section(
+        "How the removal went", picture(figures.curves(panels), f"{len(panels)} curves: {ends}.", caption + ".")
+    )
+
+
+def time_section(stages: Mapping[str, float], threads: int) -> str:
+    """Where the time went."""
+    total, unit = sum(stages.values()), "thread" if threads == 1 else "threads"
+    text = f"{total:.0f} seconds in all, on {threads} {unit}."
+    if len(stages) < 2:
+        return section("Time", paragraph(text))
+    longest = max(stages, key=stages.__getitem__)
+    alt = f"Seconds by stage. The longest is {longest}, {stages[longest]:.1f} of {total:.1f} seconds."
+    hatched = ""
+    if any("/" in name for name in stages) and {"invert", "repair"} <= stages.keys():
+        alone = stages["invert"] + stages["repair"]
+        hatched = f" A removal alone is invert and repair, {alone:.0f} seconds. Hatched: controls."
+    return section("Where the time went", picture(figures.stages(stages), alt, text + hatched))
+
+
+def record_section(settings: Mapping[str, Any], versions: Mapping[str, str]) -> str:
+    """Settings and versions, folded away."""
+    return section("Settings", details("Settings of this run", settings), details("Versions", versions))
+
+
+def defender_section(same: Tensor, stability: tuple[Tensor, Tensor], repair: Repair, samples: Samples,
+                     classes: Sequence[str]) -> str:  # fmt: skip
+    """What can be known without clean data: fooling rates, agreement and stability, a row a class.
+
+    same: bool ``[N]``, whether both models agree on a sample. stability: scores ``[N]`` before and after.
+    """
+    rates = [repair.log.get(key, []) for key in ("fooling_before", "fooling_after")]
+    fooling = all(len(values) == len(classes) for values in rates)
+    head = ["Class", *(["Fooled, before → after"] if fooling else []), "Same label", "Stability, before → after"]
+    rows: list[list[str]] = []
+    for label, name in enumerate(classes):
+        mine = samples.labels == label
+        shares = " → ".join(f"{100 * values[label]:.0f}" for values in rates) + "\u00a0%" if fooling else ""
+        scores = " → ".join(f"{one[mine].median().item():.2g}" for one in stability)
+        agreed = f"{100 * same[mine].float().mean().item():.0f}\u00a0%"
+        rows.append([name, *([shares] if fooling else []), agreed, scores])
+    caption = (
+        "Same label: share of the class's reconstructions that both models label alike. Stability: their median score "
+        "(lower is more stable)."
+    )
+    if fooling:
+        caption = "Fooled: share of the other classes' samples that one small pattern sends to this class. " + caption
+    note = (
+        "Accuracy and attack success cannot be measured without clean images and the trigger. What a "
+        "defender can see is evidence, not proof."
+    )
+    return section("What a defender can know", paragraph(note), table(head, rows, caption))
+
+
+def _unit(power: int) -> str:
+    return " in units of 10" + str(power).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")) if power else ""
+
+
+def _radius(repair: Repair) -> str:
+    where = "Patterns that are added to every image alike: orange darkens, purple brightens."
+    return f"{where} Their L2 norm is at most {repair.log['radius']:.1f}." if "radius" in repair.log else where
+
+
+def _cut(classes: int, shown: int) -> str:
+    return "" if shown == classes else f" {shown} of {classes} classes are shown."

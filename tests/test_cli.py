@@ -1,0 +1,263 @@
+import json
+import os
+import subprocess
+import sys
+
+import fake_run
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+import smi.domains
+import smi.pipeline
+import smi.priors
+from smi.classifiers import build_classifier
+from smi.cli import PER_CLASS, cli
+from smi.files import load_tensors, save_tensors
+from smi.inversion import inversions
+from smi.models import save_classifier
+from smi.options import cores
+from smi.priors import GAN, save_prior
+
+COMMANDS = ["demo", "remove", "fit-prior", "invert", "score", "evaluate"]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working folder with a suspect model, a prior and images; threads stay as they are."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    save_classifier(build_classifier("small_cnn", 1, 3).eval(), "suspect.safetensors", arch="small_cnn")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        save_prior(GAN(1), "prior.safetensors")
+        save_prior(GAN(3), "colour.safetensors")
+    np.savez("images.npz", images=np.zeros((5, 32, 32, 1), np.uint8), labels=np.arange(5) % 3)
+    return tmp_path
+
+
+def smi_run(*args):
+    return CliRunner().invoke(cli, [str(a) for a in args])
+
+
+def refused(here, *args):
+    """Runs a command that must end with 2, write nothing and show no traceback; returns its message."""
+    before = sorted(here.rglob("*"))
+    result = smi_run(*args)
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    assert sorted(here.rglob("*")) == before
+    return result.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example_and_the_common_options(command):
+    result = smi_run(command, "--help")
+    assert result.exit_code == 0
+    assert f":\n    smi {command}" in result.output.split("Example", 1)[1]
+    for option in ("--seed", "--device", "--threads", "--out"):
+        assert option in result.output
+
+
+def test_the_group_lists_every_command():
+    assert sorted(cli.commands) == sorted(COMMANDS)
+
+
+def test_defaults_agree_with_the_library():
+    assert PER_CLASS == smi.pipeline.PER_CLASS
+    assert 1 <= cores() <= os.cpu_count()
+
+
+def test_demo_prints_the_table_and_says_where_files_went(here, monkeypatch):
+    monkeypatch.setattr(smi.priors, "load_prior", lambda name: GAN(1))
+    monkeypatch.setattr(smi.domains, "load_domain", lambda name: fake_run.domain())
+    monkeypatch.setattr(smi.pipeline, "run_demo", lambda domain, prior, seed: fake_run.demo())
+    result = smi_run("demo", "--seed", 3)
+    assert result.exit_code == 0, result.output
+    assert "SMI, no clean data" in result.output
+    assert "The backdoor is removed" in result.output
+    assert json.loads((here / "smi-demo-3" / "report.json").read_text())["seed"] == 3
+    smi_run("demo", "--seed", 3)
+    assert (here / "smi-demo-3-2" / "report.html").exists()
+
+
+def test_demo_refuses_a_folder_that_is_not_empty(here):
+    (here / "full").mkdir()
+    (here / "full" / "mine.txt").touch()
+    assert "not empty" in refused(here, "demo", "--out", "full")
+
+
+def test_remove_writes_a_report(here, monkeypatch):
+    found = fake_run.removal().cleaned
+    monkeypatch.setattr(smi.pipeline, "remove_backdoor", lambda *args, **options: found)
+    result = smi_run("remove", "suspect.safetensors", "--prior", "prior.safetensors", "--out", "out")
+    assert result.exit_code == 0, result.output
+    assert sorted(p.name for p in (here / "out").iterdir()) == ["repaired.safetensors", "report.html", "report.json"]
+    assert smi_run("score", "out/repaired.safetensors", "images.npz").exit_code == 0
+
+
+def test_remove_refuses_what_does_not_fit_before_any_work(here, monkeypatch):
+    def never(*args, **options):
+        raise AssertionError("work was begun")
+
+    monkeypatch.setattr(smi.pipeline, "remove_backdoor", never)
+    base = ["remove", "suspect.safetensors", "--out", "out", "--prior"]
+    assert "channels" in refused(here, *base, "colour.safetensors")
+    assert "Allowed: digits" in refused(here, *base, "digit")
+    assert "There is no file" in refused(here, *base, "none.safetensors")
+    np.savez("small.npz", x_train=np.zeros((4, 8, 8), np.uint8))
+    assert "Resize" in refused(here, *base, "prior.safetensors", "--public", "small.npz")
+    assert "Did you mean 'digits'" in refused(here, *base, "prior.safetensors", "--public", "digts")
+    tensors, meta = load_tensors("suspect.safetensors", "classifier")
+    save_tensors("suspect.safetensors", tensors | {"mean": torch.full((1, 1, 1, 1), float("nan"))}, meta)
+    assert "NaN" in refused(here, *base, "prior.safetensors")
+
+
+def test_fit_prior_writes_a_prior_that_loads(here):
+    result = smi_run("fit-prior", "digits", "--steps", 1, "--out", "new.safetensors", "--checkpoint", "at.safetensors")
+    assert result.exit_code == 0, result.output
+    assert smi.priors.load_prior("new.safetensors").image_shape == (1, 32, 32)
+    assert "exists" in refused(here, "fit-prior", "digits", "--steps", 1, "--out", "new.safetensors")
+    assert "32×32" in refused(here, "fit-prior", small_npz(), "--steps", 1, "--out", "other.safetensors")
+
+
+def small_npz():
+    np.savez("small.npz", x_train=np.zeros((4, 8, 8), np.uint8))
+    return "small.npz"
+
+
+@pytest.mark.parametrize("method", ["smi", "latent", "pixel"])
+def test_invert_writes_images_labels_scores_and_a_picture(here, monkeypatch, method):
+    quick = inversions[method](steps=1)
+    monkeypatch.setitem(inversions._items, method, lambda: quick)
+    base = ["invert", "suspect.safetensors", "--prior", "prior.safetensors", "--method", method]
+    result = smi_run(*base, "--per-class", 2, "--out", "found.npz")
+    assert result.exit_code == 0, result.output
+    with np.load("found.npz") as found:
+        assert found["images"].shape == (6, 32, 32, 1)
+        assert found["images"].dtype == np.uint8
+        assert found["labels"].tolist() == [0, 0, 1, 1, 2, 2]
+        assert np.isfinite(found["scores"]).all()
+    assert (here / "found.png").read_bytes().startswith(b"\x89PNG")
+    assert smi_run("score", "suspect.safetensors", "found.npz", "--k", 2).exit_code == 0
+
+
+def test_invert_refuses_unknown_methods_and_names(here):
+    base = ["invert", "suspect.safetensors", "--prior", "prior.safetensors"]
+    assert "Did you mean 'latent'" in refused(here, *base, "--method", "latnt", "--out", "x.npz")
+    assert "ends in .npz" in refused(here, *base, "--out", "x.zip")
+    (here / "x.png").touch()
+    assert "exists" in refused(here, *base, "--out", "x.npz")
+
+
+def test_score_prints_quantiles_and_writes_csv(here):
+    result = smi_run("score", "suspect.safetensors", "images.npz", "--k", 2, "--out", "scores.csv")
+    assert result.exit_code == 0, result.output
+    assert "median" in result.output
+    lines = (here / "scores.csv").read_text().splitlines()
+    assert lines[0] == "index,label,prediction,score"
+    assert len(lines) == 6
+
+
+def write(**arrays):
+    np.savez("bad.npz", **arrays)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"images": np.full((2, 32, 32, 1), 1.5, np.float32)}, "values from 1.5"),
+        ({"images": np.full((2, 32, 32, 1), np.nan, np.float32)}, "finite"),
+        ({"images": np.zeros((2, 1, 32, 32), np.uint8)}, "Allowed: [N, H, W, C]"),
+        ({"images": np.zeros((2, 32, 32, 1), np.int64)}, "int64"),
+        ({"images": np.zeros((2, 32, 32, 3), np.uint8)}, "does not accept images"),
+        ({"images": np.zeros((2, 32, 32), np.uint8), "labels": np.array([0, 3])}, "there are 3 classes"),
+        ({"images": np.zeros((2, 32, 32), np.uint8), "labels": np.zeros(3, int)}, "one whole number an image"),
+        ({"pictures": np.zeros(3)}, "no array called images"),
+        ({"images": np.array([{}], object)}, "not an .npz of plain arrays"),
+    ],
+)
+def test_score_refuses_images_that_do_not_fit(here, arrays, message):
+    write(**arrays)
+    assert message in refused(here, "score", "suspect.safetensors", "bad.npz", "--out", "scores.csv")
+
+
+def test_score_refuses_unknown_names_and_numbers(here):
+    base = ["score", "suspect.safetensors", "images.npz", "--out", "scores.csv"]
+    assert "Did you mean 'gaussian'" in refused(here, *base, "--family", "gausian")
+    assert "Unknown divergence" in refused(here, *base, "--divergence", "klx")
+    assert "sigma_x" in refused(here, *base, "--sigma-x", -1)
+    refused(here, *base, "--k", 0)
+    refused(here, *base, "--seed", -1)
+    assert "CUDA" in refused(here, *base, "--device", "cuda")
+
+
+def test_evaluate_measures_one_model_or_two(here, monkeypatch):
+    monkeypatch.setattr(smi.domains, "load_domain", lambda name, **options: fake_run.domain())
+    result = smi_run("evaluate", "suspect.safetensors", "--out", "rates.json")
+    assert result.exit_code == 0, result.output
+    assert json.loads((here / "rates.json").read_text())["model"].keys() == {"acc", "asr", "ra"}
+    both = smi_run("evaluate", "suspect.safetensors", "suspect.safetensors")
+    assert both.output.splitlines()[-1].split()[0::4] == ["repaired", "50.0"]
+
+
+def test_evaluate_refuses_what_does_not_fit(here):
+    base = ["evaluate", "suspect.safetensors", "--out", "rates.json"]
+    assert "3 classes, but 10 were expected" in refused(here, *base)
+    assert "Did you mean 'badnets'" in refused(here, *base, "--attack", "badnet")
+    assert "Did you mean 'digits'" in refused(here, *base, "--domain", "digit")
+    assert "Allowed: 0 to 9" in refused(here, *base, "--target", 10)
+
+
+def test_ctrl_c_ends_with_130(here, monkeypatch):
+    def interrupted(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(smi.priors, "load_prior", interrupted)
+    result = smi_run("demo")
+    assert result.exit_code == 130
+    assert "Interrupted" in result.output
+
+
+RUN = "from smi.cli import main; main()"
+
+
+def start(*args, code=RUN):
+    return subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=60)
+
+
+def test_the_real_process_ends_with_2_and_a_message(tmp_path):
+    found = start("score", str(tmp_path / "none.safetensors"), "none.npz")
+    assert found.returncode == 2
+    assert "There is no file" in found.stderr
+    assert "Traceback" not in found.stderr
+    assert found.stdout == ""
+
+
+def test_help_does_not_import_torch():
+    code = "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); " + RUN
+    found = start("--help", code=code)
+    assert found.returncode == 0
+    assert found.stdout.splitlines()[-1] == "False"
+
+
+def test_threads_wait_passively_and_the_environment_comes_first():
+    code = (
+        "import os, sys; os.environ.pop('OMP_WAIT_POLICY', None); from smi.cli import main; "
+        "assert 'torch' not in sys.modules; import atexit; "
+        "atexit.register(lambda: print(os.environ['OMP_WAIT_POLICY'])); main()"
+    )
+    assert start("--help", code=code).stdout.splitlines()[-1] == "PASSIVE"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_the_real_process_ends_with_130_on_ctrl_c(tmp_path):
+    code = (
+        "import os, signal, time, smi.gan; "
+        "smi.gan.fit_prior = lambda *a, **k: (os.kill(os.getpid(), signal.SIGINT), time.sleep(30)); " + RUN
+    )
+    found = start("fit-prior", "digits", "--out", str(tmp_path / "prior.safetensors"), code=code)
+    assert found.returncode == 130
+    assert found.stderr.strip() == "Interrupted."
+    assert list(tmp_path.iterdir()) == []

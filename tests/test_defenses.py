@@ -1,0 +1,232 @@
+"""Defenses: the interface, the roles, the inner problem, and each solver's defining term."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import tiny_model
+from torch import nn
+from torch.nn import functional as F
+
+from smi.attacks import BadNets
+from smi.compute import fast, frozen
+from smi.defenses import IBAU, FineTune, Published, Robust, Schedule, defenses
+from smi.defenses.base import Distillation, _warm_cosine
+from smi.defenses.universal import AWAY, data_scale, fooling_rate, into_ball, natural_radius, universal
+from smi.domains import PrivateSet, PublicImages, Samples
+from smi.errors import InputError
+
+QUICK = Schedule(rounds=2, batch_size=12)
+
+
+def samples(n: int = 24, classes: int = 3, size: int = 8, seed: int = 0) -> Samples:
+    rng = torch.Generator().manual_seed(seed)
+    return Samples(torch.rand(n, 1, size, size, generator=rng), torch.arange(n) % classes, classes, "smi")
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+ALL = [
+    FineTune(schedule=QUICK),
+    IBAU(solver=Robust(schedule=QUICK, steps=2, images=6)),
+    IBAU(solver=Published(rounds=1, inner_steps=2, batch_size=12)),
+]
+
+
+@pytest.mark.parametrize("defense", ALL, ids=["ft", "ibau/robust", "ibau/published"])
+def test_repair_changes_a_copy_and_only_a_copy_and_repeats(defense) -> None:
+    model, public = tiny_model(), PublicImages(torch.rand(9, 1, 8, 8, generator=rng(4)))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    state = torch.random.get_rng_state()
+    first, again = (defense.repair(model, samples(), public, seed=5) for _ in range(2))
+    assert torch.equal(torch.random.get_rng_state(), state), "the global generator was used"
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), f"{name} of the suspect model changed"
+    repaired = first.model.state_dict()
+    assert any(not torch.equal(repaired[k], before[k]) for k in before)
+    assert all(torch.equal(repaired[k], v) for k, v in again.model.state_dict().items())
+    assert not first.model.training
+    for name, value in before.items():
+        if "running" in name:
+            assert torch.equal(repaired[name], value), "BatchNorm statistics must stay frozen"
+
+
+@pytest.mark.parametrize("defense", ALL, ids=["ft", "ibau/robust", "ibau/published"])
+def test_a_defense_takes_neither_private_data_nor_a_trigger(defense) -> None:
+    s = samples()
+    private = PrivateSet(s.images, s.labels, 3)
+    with pytest.raises(InputError, match="PrivateSet"):
+        defense.repair(tiny_model(), private)
+    with pytest.raises(InputError, match="BadNets"):
+        defense.repair(tiny_model(), BadNets(target=0))
+    with pytest.raises(InputError, match="PublicImages"):
+        defense.repair(tiny_model(), s, private)
+
+
+def test_mismatches_are_refused_before_any_work() -> None:
+    with pytest.raises(InputError, match="classes"):
+        FineTune().repair(tiny_model(classes=4), samples())
+    with pytest.raises(InputError, match="Resize"):
+        FineTune().repair(tiny_model(), samples(), PublicImages(torch.rand(4, 1, 16, 16)))
+    broken = tiny_model()
+    broken.body[0].weight.data[0] = float("nan")
+    with pytest.raises(InputError, match="NaN"):
+        FineTune().repair(broken, samples())
+    with pytest.raises(InputError, match="Did you mean 'ibau'"):
+        defenses["ibua"]
+
+
+def test_universal_delta_respects_the_ball_and_fools_more_than_its_start() -> None:
+    model, s, targets = tiny_model(), samples(60), torch.tensor([AWAY, 0, 1, 2])
+    with fast(frozen(model)) as run:
+        start = universal(run, s.images, s.labels, targets, radius=1.5, steps=0, rng=rng())
+        found = universal(run, s.images, s.labels, targets, radius=1.5, steps=10, rng=rng())
+        assert found.shape == (4, 1, 8, 8)
+        assert found.flatten(1).norm(dim=1).max() <= 1.5 * (1 + 1e-5)
+        for target, before, after in zip(targets.tolist(), start, found, strict=True):
+            loss = [targeted_loss(run, s, target, d) for d in (before, after)]
+            assert loss[1] < loss[0]
+
+
+def targeted_loss(run, s: Samples, target: int, delta: torch.Tensor) -> float:
+    others = s.labels != target
+    logits = run((s.images[others] + delta).clamp(0, 1))
+    if target == AWAY:
+        return -F.cross_entropy(logits, s.labels[others]).item()
+    return F.cross_entropy(logits, torch.full((int(others.sum()),), target)).item()
+
+
+def test_fooling_rate_counts_only_other_classes() -> None:
+    class Always(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return torch.tensor([[9.0, 0.0, 0.0]]).expand(len(images), 3)
+
+    s = samples(9)
+    with fast(Always()) as run:
+        rates = fooling_rate(run, s.images, s.labels, torch.tensor([AWAY, 0, 1]), torch.zeros(3, 1, 8, 8))
+    assert rates.tolist() == pytest.approx([6 / 9, 1.0, 0.0])
+
+
+class PatchBackdoor(nn.Module):
+    """Brightness of the left, middle and right third decides the class, but a bright lower right corner means 0.
+
+    The corner unit is dead on black corners, as in a trained network, so that no gradient points there.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        thirds = torch.stack([x[..., 0:3].mean((1, 2, 3)), x[..., 3:6].mean((1, 2, 3)), x[..., 6:9].mean((1, 2, 3))], 1)
+        corner = torch.relu(x[:, :, 7:, 7:].mean((1, 2, 3)) - 0.02)
+        return 20 * thirds + torch.stack([60 * corner, 0 * corner, 0 * corner], 1)
+
+
+def thirds(n: int) -> Samples:
+    images = torch.zeros(n, 1, 9, 9)
+    labels = torch.arange(n) % 3
+    for i, label in enumerate(labels.tolist()):
+        images[i, :, 1:6, 3 * label : 3 * label + 3] = 0.8
+    return Samples(images, labels, 3, "smi")
+
+
+def test_the_search_from_noise_finds_a_patch_that_ascent_from_zero_cannot() -> None:
+    s, target = thirds(30), torch.tensor([0])
+    with fast(PatchBackdoor()) as run:
+        delta = universal(run, s.images, s.labels, target, radius=1.2, steps=10, rng=rng(1))
+        corner = delta[0, 0, 7:, 7:].norm() / delta.norm()
+        at_zero = torch.zeros(1, 1, 9, 9, requires_grad=True)
+        loss = F.cross_entropy(run((s.images + at_zero).clamp(0, 1)), torch.zeros(30, dtype=torch.int64))
+        (gradient,) = torch.autograd.grad(loss, at_zero)
+    assert gradient[0, 0, 7:, 7:].abs().max() == 0, "the corner must be dead at zero, or this test shows nothing"
+    assert corner > 0.3
+
+
+def test_natural_radius_scales_with_the_data_and_is_not_moved_by_one_backdoored_class() -> None:
+    s = thirds(60)
+
+    class Thirds(PatchBackdoor):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x * self.mask)
+
+        mask = torch.ones(9, 9)
+        mask[7:, 7:] = 0
+
+    radius = {}
+    for name, model in (("clean", Thirds()), ("backdoored", PatchBackdoor())):
+        with fast(model) as run:
+            radius[name] = natural_radius(run, s.images, s.labels, 3, goal=0.5, steps=8, rng=rng(2))
+    assert 0.02 * data_scale(s.images) < radius["clean"] <= 1.2 * 1.15 * data_scale(s.images)
+    assert radius["backdoored"] == pytest.approx(radius["clean"], rel=0.35)
+
+
+def test_data_scale_and_ball() -> None:
+    images = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 1, 2, 2)
+    assert data_scale(images) == pytest.approx(1.0)  # each is 0.5 · √4 from the mean
+    delta = torch.stack([torch.full((1, 2, 2), 2.0), torch.full((1, 2, 2), 0.1)])
+    assert into_ball(delta, 1.0).flatten(1).norm(dim=1).tolist() == pytest.approx([1.0, 0.2])
+
+
+class Learned(nn.Module):
+    """`PatchBackdoor` with weights: one for each feature, so that the corner can be unlearned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.thirds = nn.Parameter(torch.tensor(2.0))
+        self.corner = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        brightness = torch.stack([x[..., k : k + 3].mean((1, 2, 3)) for k in (0, 3, 6)], 1)
+        backdoor = 10 * torch.relu(x[:, :, 7:, 7:].mean((1, 2, 3)) - 0.02) * self.corner
+        return 10 * self.thirds * brightness + torch.stack([backdoor, 0 * backdoor, 0 * backdoor], 1)
+
+
+def test_robust_unlearns_what_fine_tuning_leaves() -> None:
+    """The defining term: without stamped δ's (fine-tuning at the same schedule) the corner still decides."""
+    s, schedule = thirds(60), Schedule(rounds=20, batch_size=30, lr=0.1, weight_decay=0.0, distill=1.0)
+    patched = s.images[s.labels != 0].clone()
+    patched[:, :, 7:, 7:] = 1.0
+
+    def success(model: nn.Module) -> float:
+        return (model(patched).argmax(1) == 0).float().mean().item()
+
+    assert success(Learned()) == 1.0
+    tuned = FineTune(schedule=schedule).repair(Learned(), s).model
+    unlearned = IBAU(solver=Robust(schedule=schedule, radius=1.5)).repair(Learned(), s).model
+    assert success(tuned) == 1.0
+    assert success(unlearned) == 0.0
+    assert (unlearned(s.images).argmax(1) == s.labels).float().mean() == 1.0
+
+
+def test_distillation_is_zero_for_the_suspect_itself_and_pulls_towards_it() -> None:
+    model, public = tiny_model(), PublicImages(torch.rand(20, 1, 8, 8, generator=rng(4)))
+    other = tiny_model(seed=1)
+    with fast(model) as run, fast(other) as run_other:
+        same = Distillation(model, public, rng())(run, samples().images)
+        different = Distillation(model, public, rng())(run_other, samples().images)
+    assert abs(same.item()) < 1e-4
+    assert different.item() > 0.1
+
+
+def test_published_share_never_rounds_to_nothing() -> None:
+    seen = {}
+    for stamped in (0.001, 0.5):
+        solver = Published(rounds=1, inner_steps=1, batch_size=10, stamped=stamped)
+        problem = solver._problem(lambda x, _: x.flatten(1)[:, :3], torch.zeros(10, 1, 8, 8), torch.zeros(10).long())
+        delta = torch.full((1, 1, 8, 8), 1.0)
+        delta[..., 0, 0] = 3.0
+        seen[stamped] = problem.outer(delta, []).item() != problem.outer(0 * delta, []).item()
+    assert all(seen.values())
+
+
+def test_schedule_warms_up_and_decays_to_zero() -> None:
+    factor = _warm_cosine(100)
+    assert factor(0) == pytest.approx(0.1)
+    assert factor(10) == pytest.approx(1.0)
+    assert factor(99) < 0.01
+    assert all(factor(i) >= factor(i + 1) for i in range(10, 99))
+
+
+@pytest.mark.parametrize("bad", [{"stamped": 0.0}, {"steps": 0}, {"goal": 2.0}, {"radius": -1.0}, {"images": 1.5}])
+def test_robust_settings_are_checked(bad) -> None:
+    with pytest.raises(InputError, match=next(iter(bad))):
+        Robust(**bad)

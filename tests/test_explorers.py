@@ -1,0 +1,141 @@
+"""Explorers: a pure computation, callbacks that reach the view, and outputs that a static page can show."""
+
+import base64
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from smi.classifiers import build_classifier
+from smi.domains.base import Samples
+from smi.errors import InputError
+from smi.explorers import Picture, StabilityExplorer, image_row
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_classifier("small_cnn", 1, 3, seed=1).eval()
+
+
+@pytest.fixture(scope="module")
+def samples():
+    rng = torch.Generator().manual_seed(2)
+    return Samples(torch.rand(12, 1, 32, 32, generator=rng), torch.arange(3).repeat_interleave(4), 3, "toy")
+
+
+@pytest.fixture
+def explorer(model, samples):
+    return StabilityExplorer(model, samples, limit=3)
+
+
+def test_compute_is_pure_and_deterministic(explorer):
+    values, state, readout = explorer.values, explorer.state, explorer.readout
+    other = explorer.compute(label=2, sigma_x=0.2, sigma_w=0.3, k=4)
+    again = explorer.compute(label=2, sigma_x=0.2, sigma_w=0.3, k=4)
+    assert torch.equal(other.scores, again.scores)
+    assert torch.equal(other.images, again.images)
+    assert (explorer.values, explorer.state, explorer.readout) == (values, state, readout)
+
+
+def test_images_come_from_the_class_most_stable_first(explorer, samples):
+    result = explorer.compute(label=1, sigma_x=0.1, sigma_w=0.2, k=4)
+    assert len(result.images) == 3
+    assert (result.scores.diff() >= 0).all()
+    of_class = samples.images[samples.labels == 1]
+    assert all(any(torch.equal(image, one) for one in of_class) for image in result.images)
+
+
+def test_without_noise_every_score_is_zero(explorer):
+    assert explorer.compute(label=0, sigma_x=0.0, sigma_w=0.0, k=1).scores.abs().max() == 0
+
+
+@pytest.mark.parametrize(("control", "value"), [("label", 1), ("sigma_x", 0.3), ("sigma_w", 0.4), ("k", 4)])
+def test_a_control_changes_state_readout_and_picture(explorer, control, value):
+    state, readout, picture = explorer.state, explorer.readout, explorer.picture.png
+    explorer.controls[control].value = value
+    assert explorer.state[control] == value
+    assert explorer.state != state
+    assert explorer.readout != readout
+    assert explorer.picture.png != picture
+    assert explorer.status == ""
+
+
+def test_the_same_settings_give_the_same_picture_again(explorer):
+    before = explorer.picture.png
+    explorer.controls["label"].value = 1
+    explorer.controls["label"].value = 0
+    assert explorer.picture.png == before
+
+
+def test_an_exception_is_shown_and_the_last_good_figure_stays(explorer, monkeypatch):
+    readout, bundle = explorer.readout, explorer._repr_mimebundle_()
+
+    def fail(**values):
+        raise ValueError("no <such> thing")
+
+    monkeypatch.setattr(explorer, "compute", fail)
+    explorer.controls["label"].value = 1
+    assert "no &lt;such&gt; thing" in explorer.status
+    assert 'role="alert"' in explorer.status
+    assert explorer.readout == readout
+    assert explorer._repr_mimebundle_()["image/png"] == bundle["image/png"]
+
+    monkeypatch.undo()
+    explorer.controls["label"].value = 2
+    assert explorer.status == ""
+    assert explorer.readout != readout
+
+
+def test_state_is_plain_and_rounded(explorer):
+    for value in explorer.state.values():
+        assert isinstance(value, int | float)
+        assert value == float(f"{value:.3g}")
+
+
+def test_repr_is_stable(explorer, model, samples):
+    assert repr(explorer) == "StabilityExplorer(label=0, sigma_x=0.1, sigma_w=0.15, k=16)"
+    assert repr(explorer) == repr(StabilityExplorer(model, samples, limit=3))
+
+
+def test_mimebundle_has_widget_picture_and_text(explorer):
+    bundle = explorer._repr_mimebundle_()
+    assert bundle["application/vnd.jupyter.widget-view+json"]["model_id"] == explorer.widget.model_id
+    assert base64.b64decode(bundle["image/png"]).startswith(PNG)
+    assert bundle["text/plain"] == repr(explorer)
+
+
+def test_the_view_is_a_figure_with_alt_text_and_caption(explorer):
+    assert '<img alt="3 images of class 0' in explorer.readout
+    assert "<figcaption>Class 0: scores from" in explorer.readout
+
+
+def test_controls_wait_for_release_and_fit_the_keyboard(explorer):
+    for name in ("sigma_x", "sigma_w", "k"):
+        assert not explorer.controls[name].continuous_update
+    assert all(control.description for control in explorer.controls.values())
+
+
+def test_class_names_are_shown(model, samples):
+    explorer = StabilityExplorer(model, samples, names=("ant", "bee", "cat"))
+    assert explorer.controls["label"].options == (("ant", 0), ("bee", 1), ("cat", 2))
+
+
+def test_wrong_samples_are_refused(model):
+    with pytest.raises(InputError, match="samples is a Tensor"):
+        StabilityExplorer(model, torch.rand(3, 1, 32, 32))
+
+
+def test_pictures_are_reproducible_and_described():
+    def draw():
+        figure = Figure(figsize=(3, 1))
+        image_row(figure.subplots(), torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), ["a", "b"])
+        return Picture(figure, 'two "colour" images')
+
+    one, two = draw(), draw()
+    assert one.png == two.png
+    assert repr(one) == 'Picture: two "colour" images'
+    assert 'alt="two &quot;colour&quot; images"' in one.html("caption & more")
+    assert "caption &amp; more" in one.html("caption & more")
+    assert set(one._repr_mimebundle_()) == {"image/png", "text/plain"}

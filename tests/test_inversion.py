@@ -1,0 +1,374 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import TinyPrior, noise, same_state, state_of, tiny_model
+from torch import nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from smi.errors import InputError
+from smi.inversion import Latent, Pixel, Stabilized, inversions, invert, stabilized
+from smi.inversion.latent import CLEAR
+from smi.inversion.perturbation import worst_input, worst_parameters
+from smi.inversion.pixel import total_variation
+from smi.stability import Selection
+
+STEPS = {"steps": 4, "lr": 0.1}
+METHODS = [Pixel(**STEPS), Latent(**STEPS), Stabilized(**STEPS), Stabilized(**STEPS, inner="random", k=2)]
+
+
+def runner(model):
+    """Exact float32, where the one in use may be bfloat16."""
+
+    def run(images, parameters=None):
+        return model(images) if parameters is None else functional_call(model, dict(parameters), (images,))
+
+    return run
+
+
+@pytest.fixture
+def setting():
+    model = tiny_model(seed=1)
+    return model, runner(model), 0.3 + 0.4 * noise(12, 1, 8, 8), torch.arange(12) % 3
+
+
+# every method
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: f"{m.name}-{getattr(m, 'inner', '')}")
+def test_invert(method):
+    """Shape, range, order, provenance; the same seed gives the same bits; model, prior and global randomness rest."""
+    model, prior = tiny_model(), TinyPrior()
+    model.train()
+    model.body[1].eval()
+    before, prior_before, state = state_of(model), state_of(prior), torch.get_rng_state()
+    samples, again = (invert(model, prior, method, per_class=2, seed=3) for _ in range(2))
+    assert samples.images.shape == (6, 1, 8, 8)
+    assert samples.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert (samples.source, samples.num_classes, samples.scores) == (method.name, 3, None)
+    assert not samples.images.requires_grad
+    assert torch.equal(samples.images, again.images)
+    assert not torch.equal(samples.images, invert(model, prior, method, per_class=2, seed=4).images)
+    assert same_state(before, state_of(model))
+    assert same_state(prior_before, state_of(prior))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: f"{m.name}-{getattr(m, 'inner', '')}")
+def test_more_steps_fit_the_class_better(method):
+    model, prior = tiny_model(), TinyPrior()
+
+    def loss(steps):
+        samples = invert(model, prior, replace(method, steps=steps), per_class=4)
+        with torch.no_grad():
+            return F.cross_entropy(model(samples.images), samples.labels)
+
+    assert loss(25) < 0.8 * loss(0)
+
+
+def test_selection_makes_more_candidates_and_keeps_the_most_stable():
+    model, prior = tiny_model(), TinyPrior()
+    model.train()
+    before = state_of(model)
+    selection = Selection(oversample=3, k=4, diversity=0)
+    samples = invert(model, prior, Latent(steps=1), per_class=2, selection=selection)
+    assert samples.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert (samples.scores.view(3, 2).diff(dim=1) >= 0).all()
+    everything = invert(model, prior, Latent(steps=1), per_class=6)
+    rows = {image.numpy().tobytes() for image in everything.images}
+    assert all(image.numpy().tobytes() in rows for image in samples.images)
+    assert same_state(before, state_of(model))
+
+
+def test_methods_go_by_name():
+    assert {name: inversions[name].name for name in inversions} == {"latent": "latent", "pixel": "pixel", "smi": "smi"}
+
+
+# wrong input
+
+
+@pytest.mark.parametrize(
+    ("model", "prior", "more", "message"),
+    [
+        (tiny_model(), TinyPrior(size=16), {}, r"does not accept images of shape \(1, 16, 16\)"),
+        (tiny_model(), TinyPrior(channels=3), {}, r"does not accept images of shape \(3, 8, 8\)"),
+        (tiny_model(), TinyPrior(), {"classes": 10}, "3 classes, but 10 were expected"),
+        (tiny_model(), TinyPrior(), {"per_class": 0}, "per_class"),
+        (tiny_model(), nn.Linear(6, 64), {}, "Linear is no prior"),
+        ("model.pt", TinyPrior(), {}, "a str"),
+    ],
+)
+def test_wrong_input(model, prior, more, message):
+    with pytest.raises(InputError, match=message):
+        invert(model, prior, Latent(steps=1), **{"per_class": 1} | more)
+
+
+def test_weights_that_are_nan():
+    model = tiny_model()
+    with torch.no_grad():
+        model.body[0].weight[0, 0, 0, 0] = torch.nan
+    with pytest.raises(InputError, match=r"'body\.0\.weight' has NaN"):
+        invert(model, TinyPrior(), Latent(steps=1), per_class=1)
+
+
+def test_a_method_must_be_one():
+    with pytest.raises(InputError, match="method is a str"):
+        invert(tiny_model(), TinyPrior(), "latent")
+
+
+@pytest.mark.parametrize(
+    ("cls", "settings"),
+    [
+        (Latent, {"steps": -1}),
+        (Latent, {"lr": -0.1}),
+        (Latent, {"lambda_prior": float("nan")}),
+        (Latent, {"norm_ball": 0.0}),
+        (Latent, {"pool": 0}),
+        (Pixel, {"lambda_tv": -1.0}),
+        (Stabilized, {"epsilon": -1.0}),
+        (Stabilized, {"rho": float("inf")}),
+        (Stabilized, {"ascent_steps": 0}),
+        (Stabilized, {"warmup": 1.5}),
+        (Stabilized, {"inner": "worst"}),
+    ],
+)
+def test_settings_are_checked(cls, settings):
+    with pytest.raises(InputError, match=next(iter(settings))):
+        cls(**settings)
+
+
+# latent inversion
+
+
+class Recorded(TinyPrior):
+    """Notes every latent that it is asked for."""
+
+    def __init__(self, seen):
+        super().__init__()
+        self.seen = seen
+
+    def generate(self, z):
+        self.seen.append(z.detach().clone())
+        return super().generate(z)
+
+    def __deepcopy__(self, memo):
+        return Recorded(self.seen)
+
+
+@pytest.mark.parametrize("norm_ball", [0.5, 1.0])
+def test_latents_stay_in_the_ball(norm_ball):
+    seen = []
+    method = Latent(steps=15, lr=0.5, lambda_prior=0.0, norm_ball=norm_ball)
+    invert(tiny_model(), Recorded(seen), method, per_class=4)
+    norms, radius = torch.cat(seen).norm(dim=1), norm_ball * math.sqrt(6)
+    assert norms.max() <= radius * (1 + 1e-5)
+    assert (norms > 0.999 * radius).any()  # and the bound is reached, so it is the ball that holds them
+
+
+def test_the_search_starts_from_clear_cases_of_the_pool():
+    model, prior = tiny_model(), TinyPrior()
+
+    def loss(pool):
+        samples = invert(model, prior, Latent(steps=0, pool=pool), per_class=10)
+        with torch.no_grad():
+            return F.cross_entropy(model(samples.images), samples.labels, reduction="none")
+
+    assert loss(20).mean() < loss(1).mean() / 2
+    assert loss(1).max() > CLEAR
+
+
+def test_the_critic_pulls_towards_what_it_likes():
+    """The tiny critic likes grey."""
+    model, prior = tiny_model(), TinyPrior()
+    plain, pulled = (
+        invert(model, prior, Latent(steps=20, lambda_prior=weight), per_class=4).images for weight in (0.0, 100.0)
+    )
+    assert (pulled - 0.5).abs().mean() < 0.8 * (plain - 0.5).abs().mean()
+
+
+def test_a_prior_without_a_critic_will_do():
+    class Silent(TinyPrior):
+        def criticise(self, images):
+            return None
+
+    model = tiny_model()
+    with_none = invert(model, Silent(), Latent(**STEPS, lambda_prior=1.0), per_class=2)
+    without = invert(model, TinyPrior(), Latent(**STEPS, lambda_prior=0.0), per_class=2)
+    assert torch.equal(with_none.images, without.images)
+
+
+# pixel inversion
+
+
+def test_pixels_use_the_shape_of_the_prior_only():
+    class Shape(TinyPrior):
+        def generate(self, z):
+            raise AssertionError
+
+        criticise = generate
+
+    assert invert(tiny_model(), Shape(), Pixel(steps=2), per_class=1).images.shape == (3, 1, 8, 8)
+
+
+def test_pixels_stay_in_range_on_the_way():
+    seen = []
+
+    class Recorded(Pixel):
+        def render(self, variable, task):
+            seen.append(variable.detach().clone())
+            return super().render(variable, task)
+
+    invert(tiny_model(), TinyPrior(), Recorded(steps=5, lr=0.5), per_class=1)
+    assert (torch.stack(seen).aminmax().min, torch.stack(seen).aminmax().max) == (0, 1)
+
+
+def test_total_variation():
+    images = torch.zeros(2, 1, 4, 5)
+    images[1, 0, :, 2:] = 0.5  # one vertical edge: 4 of 16 neighbours to the right differ by a half
+    assert total_variation(images).tolist() == pytest.approx([0.0, 4 * 0.5 / 16])
+
+
+def test_the_weight_on_total_variation_makes_smoother_images():
+    model, prior = tiny_model(), TinyPrior()
+    rough, smooth = (
+        total_variation(invert(model, prior, Pixel(steps=20, lambda_tv=w), per_class=3).images) for w in (0.0, 20.0)
+    )
+    assert smooth.mean() < rough.mean() / 2
+
+
+# stabilised inversion
+
+
+@pytest.mark.parametrize("inner", ["adversarial", "random"])
+def test_without_its_terms_it_is_latent_inversion_to_the_bit(inner):
+    model, prior = tiny_model(), TinyPrior()
+    latent = invert(model, prior, Latent(**STEPS), per_class=2)
+    ablated = invert(model, prior, Stabilized(**STEPS, lambda_x=0, lambda_w=0, warmup=0, inner=inner), per_class=2)
+    assert torch.equal(latent.images, ablated.images)
+
+
+@pytest.mark.parametrize("inner", ["adversarial", "random"])
+@pytest.mark.parametrize("weights", [{"lambda_w": 0.0}, {"lambda_x": 0.0}])
+def test_each_term_alone_changes_the_outcome(inner, weights):
+    model, prior = tiny_model(), TinyPrior()
+    latent = invert(model, prior, Latent(**STEPS), per_class=2)
+    one = invert(model, prior, Stabilized(**STEPS, warmup=0, inner=inner, rho=0.3, **weights), per_class=2)
+    assert not torch.equal(latent.images, one.images)
+
+
+def test_warmup_leaves_the_first_steps_to_latent_inversion():
+    model, prior = tiny_model(), TinyPrior()
+    latent, warm, half = (
+        invert(model, prior, m, per_class=2).images
+        for m in (Latent(**STEPS), Stabilized(**STEPS, warmup=1), Stabilized(**STEPS, warmup=0.5))
+    )
+    assert torch.equal(latent, warm)
+    assert not torch.equal(latent, half)
+
+
+def test_random_mode_scores_through_the_kernels(monkeypatch):
+    calls, scores = [], stabilized.stability_scores
+
+    def recorded(model, images, labels, **settings):
+        calls.append(settings)
+        return scores(model, images, labels, **settings)
+
+    monkeypatch.setattr(stabilized, "stability_scores", recorded)
+    method = Stabilized(steps=4, inner="random", k=3, epsilon=2.0, rho=0.1, warmup=0.5)
+    invert(tiny_model(), TinyPrior(), method, per_class=1)
+    assert len(calls) == 3 * 2 * 2  # classes, the steps after the warm-up, the two terms
+    assert {(c["sigma_x"], c["sigma_w"]) for c in calls} == {(2.0 / 8, 0.0), (0.0, 0.1)}
+    assert {(c["k"], c["divergence"]) for c in calls} == {(3, "cross_entropy")}
+    assert len({c["seed"] for c in calls}) == len(calls)
+
+
+def test_adversarial_mode_does_not_use_the_kernels(monkeypatch):
+    monkeypatch.setattr(stabilized, "stability_scores", None)
+    invert(tiny_model(), TinyPrior(), Stabilized(steps=2, warmup=0), per_class=1)
+
+
+# the inner level
+
+
+@pytest.mark.parametrize("radius", [0.1, 1.0, 4.0])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_worst_input_respects_its_bounds(setting, radius, steps):
+    _, run, _, labels = setting
+    images = noise(12, 1, 8, 8)  # reaches the border of [0, 1]
+    before = images.clone()
+    delta = worst_input(run, images, labels, radius=radius, steps=steps)
+    assert (delta.flatten(1).norm(dim=1) <= radius * (1 + 1e-5)).all()
+    assert (images + delta).min() >= -1e-6
+    assert (images + delta).max() <= 1 + 1e-6
+    assert not delta.requires_grad
+    assert torch.equal(images, before)
+
+
+def test_worst_input_is_worse_than_random(setting):
+    _, run, images, labels = setting
+    delta = worst_input(run, images, labels, radius=0.3, steps=2)
+    random = torch.randn(delta.shape, generator=torch.Generator().manual_seed(0))
+    random *= (delta.flatten(1).norm(dim=1) / random.flatten(1).norm(dim=1)).view(-1, 1, 1, 1)
+    assert delta.flatten(1).norm(dim=1).min() > 0.25
+
+    def losses(x):
+        return F.cross_entropy(run(x), labels, reduction="none").detach()
+
+    assert (losses(images + delta) > losses(images)).all()
+    assert (losses(images + delta) > losses((images + random).clamp(0, 1))).all()
+
+
+def test_worst_input_of_a_linear_model_is_along_its_gradient():
+    """Two classes: the gradient of the loss is a multiple of w_other − w_own, so the best δ is known."""
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+    images, labels = torch.full((2, 1, 4, 4), 0.5), torch.tensor([0, 1])
+    delta = worst_input(runner(linear), images, labels, radius=0.2, steps=3).flatten(1)
+    direction = F.normalize(linear[1].weight[1] - linear[1].weight[0], dim=0).detach()
+    assert torch.allclose(delta, 0.2 * torch.stack([direction, -direction]), atol=1e-5)
+
+
+def test_worst_input_treats_each_image_alone(setting):
+    _, run, images, labels = setting
+    together = worst_input(run, images, labels, radius=0.5, steps=2)
+    alone = worst_input(run, images[3:4], labels[3:4], radius=0.5, steps=2)
+    assert torch.allclose(together[3:4], alone, atol=1e-5)
+
+
+def test_worst_parameters_have_exact_norms_and_the_analytic_direction(setting):
+    model, run, images, labels = setting
+    before = state_of(model)
+    worst = worst_parameters(run, model, images, labels, radius=0.05)
+    assert same_state(before, state_of(model))
+    own = dict(model.named_parameters())
+    gradients = torch.autograd.grad(F.cross_entropy(model(images), labels), list(own.values()))
+    assert worst.keys() == own.keys()
+    for (name, w), gradient in zip(own.items(), gradients, strict=True):
+        v = worst[name] - w.detach()
+        assert not worst[name].requires_grad
+        assert v.norm().item() == pytest.approx(0.05 * w.norm().item(), rel=1e-3, abs=1e-7), name
+        if w.norm() > 0 and gradient.norm() > 1e-6:
+            assert F.cosine_similarity(v.flatten(), gradient.flatten(), dim=0) > 0.999, name
+    assert F.cross_entropy(run(images, worst), labels) > F.cross_entropy(run(images), labels)
+
+
+def test_worst_parameters_are_worse_than_random(setting):
+    model, run, images, labels = setting
+    rng = torch.Generator().manual_seed(0)
+
+    def noisy(w):
+        v = torch.randn(w.shape, generator=rng)
+        return w.detach() + 0.05 * w.detach().norm() / v.norm() * v
+
+    worst = F.cross_entropy(run(images, worst_parameters(run, model, images, labels, radius=0.05)), labels)
+    for _ in range(5):
+        random = {name: noisy(w) for name, w in model.named_parameters()}
+        assert F.cross_entropy(run(images, random), labels) < worst
+
+
+def test_a_parameter_that_the_output_does_not_depend_on(setting):
+    model, run, images, labels = setting
+    model.spare = nn.Parameter(torch.ones(3))
+    worst = worst_parameters(run, model, images, labels, radius=0.05)
+    assert torch.equal(worst["spare"], torch.ones(3))

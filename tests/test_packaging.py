@@ -1,0 +1,169 @@
+"""What an installation gets: the same packages by pip and by conda, and a wheel that works outside the checkout."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+import smi
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text())
+CONDA_TO_PYPI = {"pytorch": "torch", "matplotlib-base": "matplotlib"}
+CONDA_ONLY = {"python", "pip", "ipykernel"}  # what pip has already or installs with JupyterLab
+TEST_COMMAND = 'python -m pip install -e ".[test]" && pytest'
+
+BLOCK_TRITON = """
+import sys
+for finder in sys.meta_path:
+    def without(name, *rest, find=finder.find_spec):
+        return None if name.split(".")[0] == "triton" else find(name, *rest)
+    try:
+        finder.find_spec = without
+    except AttributeError:
+        pass
+"""
+
+
+def by_name(requirements):
+    return {r.name: r for r in map(Requirement, requirements)}
+
+
+def conda():
+    plain = [entry for entry in ENVIRONMENT["dependencies"] if isinstance(entry, str)]
+    return {CONDA_TO_PYPI.get(name, name): requirement for name, requirement in by_name(plain).items()}
+
+
+def from_pip():
+    (entry,) = [entry["pip"] for entry in ENVIRONMENT["dependencies"] if isinstance(entry, dict)]
+    return entry
+
+
+def run(*command, **options):
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_version_is_in_one_voice():
+    assert PROJECT["version"] == smi.__version__ == version(PROJECT["name"])
+
+
+def test_environment_yml_comes_from_conda_forge_and_installs_the_project():
+    assert [c for c in ENVIRONMENT["channels"] if c != "nodefaults"] == ["conda-forge"]
+    assert "-e ." in from_pip()
+
+
+def test_environment_yml_and_pyproject_agree():
+    ours = by_name(PROJECT["dependencies"])
+    pip = by_name(entry for entry in from_pip() if not entry.startswith("-"))
+    theirs = {name: r for name, r in conda().items() if name not in CONDA_ONLY} | pip
+    assert {name: r.specifier for name, r in theirs.items()} == {name: r.specifier for name, r in ours.items()}
+    assert {name: str(r.marker) for name, r in pip.items()} == {name: str(ours[name].marker) for name in pip}
+    assert conda()["python"].specifier == SpecifierSet(PROJECT["requires-python"])
+
+
+@pytest.mark.parametrize("name", sorted(by_name(PROJECT["dependencies"])))
+def test_ranges_have_a_minimum_and_a_cap_and_hold_here(name):
+    requirement = by_name(PROJECT["dependencies"])[name]
+    assert {s.operator for s in requirement.specifier} == {">=", "<"}
+    if requirement.marker is None or requirement.marker.evaluate():
+        assert requirement.specifier.contains(version(name), prereleases=True)
+
+
+def test_ipykernel_is_in_range_here():
+    assert conda()["ipykernel"].specifier.contains(version("ipykernel"))
+
+
+@pytest.mark.parametrize("name", sorted(by_name(PROJECT["optional-dependencies"]["test"])))
+def test_test_packages_are_in_range_here(name):
+    requirement = by_name(PROJECT["optional-dependencies"]["test"])[name]
+    assert requirement.specifier.contains(version(name), prereleases=True)
+
+
+def test_everything_imports_without_triton(tmp_path):
+    modules = "".join(
+        f"\nimport {'.'.join(path.relative_to(ROOT).with_suffix('').parts)}"
+        for package in ("smi", "smi_kernels")
+        for path in sorted((ROOT / package).rglob("*.py"))
+        if path.stem not in ("__init__", "__main__") and "triton" not in path.relative_to(ROOT).parts
+    )
+    check = "\nassert not any(name.split('.')[0] == 'triton' for name in sys.modules)"
+    run(sys.executable, "-c", f"{BLOCK_TRITON}\nimport smi\nimport smi_kernels{modules}{check}", cwd=tmp_path)
+
+
+def test_readme_ci_and_workflow_run_the_same_command():
+    for name in ("README.md", ".ci/run", ".github/workflows/ci.yml"):
+        assert TEST_COMMAND in (ROOT / name).read_text(), name
+    assert ".ci/run" in (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """Sdist, and the wheel built from that sdist: what an upload would be."""
+    folder = tmp_path_factory.mktemp("build")
+    source = folder / "source"
+    junk = shutil.ignore_patterns(".*", "*.egg-info", "build", "dist", "__pycache__", "data", "runs", "out")
+    shutil.copytree(ROOT, source, ignore=junk)
+    run(sys.executable, "-m", "build", "--outdir", str(folder / "dist"), str(source), cwd=folder)
+    (sdist,), (wheel,) = (list((folder / "dist").glob(pattern)) for pattern in ("*.tar.gz", "*.whl"))
+    return sdist, wheel
+
+
+def test_the_wheel_holds_the_code_and_its_data_and_nothing_else(built):
+    names = set(zipfile.ZipFile(built[1]).namelist())
+    expected = {
+        str(path.relative_to(ROOT))
+        for package in ("smi", "smi_kernels")
+        for pattern in ("*.py", "py.typed", "assets/*", "*.json")
+        for path in (ROOT / package).rglob(pattern)
+        if path.is_file()
+    }
+    assert expected <= names
+    assert {name.split("/")[0] for name in names} == {
+        "smi",
+        "smi_kernels",
+        built[1].name.split("-py3")[0] + ".dist-info",
+    }
+
+
+def test_the_sdist_holds_notebooks_tests_and_environment(built):
+    with tarfile.open(built[0]) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    for pattern in ("notebooks/*.ipynb", "tests/*.py", "tests/nbval.cfg", "tests/*/*.py", "environment.yml", "LICENSE"):
+        found = {str(path.relative_to(ROOT)) for path in ROOT.glob(pattern)}
+        assert found
+        assert found <= names
+
+
+def test_the_installed_wheel_works_outside_the_checkout(built, tmp_path):
+    site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site)]
+    run(*install, str(built[1]), cwd=elsewhere)
+    smoke = f"""
+import smi, smi_kernels, torch
+assert smi.__file__.startswith({str(site)!r}) and smi_kernels.__file__.startswith({str(site)!r})
+from smi.models import load_classifier
+prior, victim = smi.load_prior("digits"), load_classifier("digits-badnets")
+with torch.no_grad():
+    print(tuple(victim(prior.generate(torch.zeros(1, prior.latent_dim))).shape))
+"""
+    environment = os.environ | {"PYTHONPATH": str(site)}
+    assert run(sys.executable, "-c", smoke, cwd=elsewhere, env=environment).strip() == "(1, 10)"
+    (script,) = re.findall(r"^smi = (.+)$", next(site.glob("*.dist-info/entry_points.txt")).read_text(), re.MULTILINE)
+    assert script == PROJECT["scripts"]["smi"]
+    assert "Usage" in run(str(site / "bin" / "smi"), "--help", cwd=elsewhere, env=environment)

@@ -1,0 +1,87 @@
+"""Small stand-ins that several test files share."""
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from smi.classifiers import Classifier
+from smi.domains import PrivateSet
+
+
+def tiny_model(channels=1, size=8, classes=3, seed=0):
+    """A classifier with a convolution, BatchNorm and a linear layer; its weights depend on the seed alone."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        body = nn.Sequential(
+            nn.Conv2d(channels, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(),
+            nn.Linear(4 * (size // 2) ** 2, classes),
+        )  # fmt: skip
+        nn.init.normal_(body[4].weight)
+    return Classifier(body, [0.5] * channels, [0.25] * channels).eval()
+
+
+class TinyPrior(nn.Module):
+    """A linear generator with a critic, ``[1, 8, 8]`` by default: satisfies `smi.priors.Prior`."""
+
+    def __init__(self, channels=1, size=8, latent_dim=6):
+        super().__init__()
+        self.latent_dim, self.image_shape = latent_dim, (channels, size, size)
+        rng = torch.Generator().manual_seed(3)
+        self.basis = nn.Parameter(torch.randn(latent_dim, channels * size * size, generator=rng) / 2)
+
+    def generate(self, z):
+        return (z @ self.basis).sigmoid().view(-1, *self.image_shape)
+
+    def criticise(self, images):
+        return -(images - 0.5).square().flatten(1).mean(1)
+
+
+class Lookup(nn.Module):
+    """Logits by a function from images to predicted classes, for models whose every answer is known."""
+
+    def __init__(self, predict, classes):
+        super().__init__()
+        self.predict, self.classes = predict, classes
+
+    def forward(self, images):
+        return 10 * nn.functional.one_hot(self.predict(images), self.classes).float()
+
+
+def coded_set(labels, classes, size=8):
+    """Images whose upper left pixel tells the label (label / 100), so that a `Lookup` can read it."""
+    labels = torch.tensor(labels)
+    images = torch.full((len(labels), 1, size, size), 0.2)
+    images[:, 0, 0, 0] = labels / 100
+    return PrivateSet(images, labels, classes)
+
+
+def read_label(images):
+    return (images[:, 0, 0, 0] * 100).round().long()
+
+
+def noise(*shape, seed=0):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def pixels(*shape, seed=0):
+    """uint8 images of noise."""
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def png(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path)
+    return path
+
+
+def state_of(model):
+    """A copy of everything that using a model must not change."""
+    modes = [module.training for module in model.modules()]
+    asks = [(p.requires_grad, p.grad is None) for p in model.parameters()]
+    return {name: value.clone() for name, value in model.state_dict().items()}, modes, asks
+
+
+def same_state(first, second):
+    (a, *rest), (b, *others) = first, second
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) and rest == others
