@@ -1,52 +1,82 @@
-"""Stabilized model inversion: remove a backdoor from an image classifier without clean data."""
+"""Stabilized model inversion: remove a backdoor from an image classifier without clean data.
 
-from smi import attacks, defenses
-from smi.attacks import poison
-from smi.classifiers import Classifier, TrainConfig, build_classifier, train_classifier
-from smi.domains import Domain, PrivateSet, PublicImages, Samples, load_domain, load_public
-from smi.errors import InputError
-from smi.evaluation import Comparison, Evaluator, Measurement, clean_control
-from smi.gan import PriorConfig, fit_prior
-from smi.inversion import Latent, Pixel, Stabilized, invert
-from smi.pipeline import Cleaned, DemoConfig, remove_backdoor, run_demo
-from smi.priors import GeneratorPrior, Prior, load_prior, save_prior
-from smi.stability import Selection, select_stable
+The public names load when they are first asked for: `import smi` is instant, and the command line can set the
+environment before torch is there.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from smi import attacks as attacks, defenses as defenses
+    from smi.attacks import poison as poison
+    from smi.classifiers import (
+        Classifier as Classifier,
+        TrainConfig as TrainConfig,
+        build_classifier as build_classifier,
+        train_classifier as train_classifier,
+    )
+    from smi.domains import (
+        Domain as Domain,
+        PrivateSet as PrivateSet,
+        PublicImages as PublicImages,
+        Samples as Samples,
+        load_domain as load_domain,
+        load_public as load_public,
+    )
+    from smi.errors import InputError as InputError
+    from smi.evaluation import (
+        Comparison as Comparison,
+        Evaluator as Evaluator,
+        Measurement as Measurement,
+        clean_control as clean_control,
+    )
+    from smi.gan import PriorConfig as PriorConfig, fit_prior as fit_prior
+    from smi.inversion import Latent as Latent, Pixel as Pixel, Stabilized as Stabilized, invert as invert
+    from smi.models import load_classifier as load_classifier, save_classifier as save_classifier
+    from smi.pipeline import (
+        Cleaned as Cleaned,
+        DemoConfig as DemoConfig,
+        remove_backdoor as remove_backdoor,
+        run_demo as run_demo,
+    )
+    from smi.priors import (
+        GeneratorPrior as GeneratorPrior,
+        Prior as Prior,
+        load_prior as load_prior,
+        save_prior as save_prior,
+    )
+    from smi.stability import Selection as Selection, select_stable as select_stable
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Classifier",
-    "Cleaned",
-    "Comparison",
-    "DemoConfig",
-    "Domain",
-    "Evaluator",
-    "GeneratorPrior",
-    "InputError",
-    "Latent",
-    "Measurement",
-    "Pixel",
-    "Prior",
-    "PriorConfig",
-    "PrivateSet",
-    "PublicImages",
-    "Samples",
-    "Selection",
-    "Stabilized",
-    "TrainConfig",
-    "attacks",
-    "build_classifier",
-    "clean_control",
-    "defenses",
-    "fit_prior",
-    "invert",
-    "load_domain",
-    "load_prior",
-    "load_public",
-    "poison",
-    "remove_backdoor",
-    "run_demo",
-    "save_prior",
-    "select_stable",
-    "train_classifier",
-]
+_HOMES = {
+    "smi": "attacks defenses",
+    "smi.attacks": "poison",
+    "smi.classifiers": "Classifier TrainConfig build_classifier train_classifier",
+    "smi.domains": "Domain PrivateSet PublicImages Samples load_domain load_public",
+    "smi.errors": "InputError",
+    "smi.evaluation": "Comparison Evaluator Measurement clean_control",
+    "smi.gan": "PriorConfig fit_prior",
+    "smi.inversion": "Latent Pixel Stabilized invert",
+    "smi.models": "load_classifier save_classifier",
+    "smi.pipeline": "Cleaned DemoConfig remove_backdoor run_demo",
+    "smi.priors": "GeneratorPrior Prior load_prior save_prior",
+    "smi.stability": "Selection select_stable",
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'smi' has no attribute {name!r}")
+    home = _HOME[name]
+    value = import_module(f"smi.{name}") if home == "smi" else getattr(import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

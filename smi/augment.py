@@ -63,10 +63,14 @@ def gan_augment(images: Tensor, rng: torch.Generator, *, shift: int = 3, hole: i
     cols = (left[:, None] + torch.arange(width))[:, None, None, :]
     moved = padded[torch.arange(n)[:, None, None, None], torch.arange(channels)[:, None, None], rows, cols]
     cy, cx = torch.randint(0, height, (2, n, 1), generator=rng)
-    inside_y = ((torch.arange(height) - cy).abs() < hole // 2)[:, :, None]
-    inside_x = ((torch.arange(width) - cx).abs() < hole // 2)[:, None, :]
+    inside_y = _within(torch.arange(height) - cy, hole)[:, :, None]
+    inside_x = _within(torch.arange(width) - cx, hole)[:, None, :]
     holed = (torch.rand(n, 1, 1, generator=rng) < 0.5) & inside_y & inside_x
     return moved * (~holed[:, None]).to(moved)
+
+
+def _within(offset: Tensor, length: int) -> Tensor:
+    return (offset >= -(length // 2)) & (offset < length - length // 2)
 
 
 def vary(images: Tensor, rng: torch.Generator) -> Tensor:

@@ -73,7 +73,7 @@ class ResidualBlock(nn.Module):
 @architectures.register("resnet18")
 def resnet18(channels: int, num_classes: int) -> nn.Module:
     """ResNet-18 for 32×32 images: a 3×3 stem without pooling, 11.2 M weights."""
-    blocks = [_conv(channels, 64)]
+    blocks: list[nn.Module] = [_conv(channels, 64)]
     for inputs, outputs, stride in [(64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2)]:
         blocks += [ResidualBlock(inputs, outputs, stride), ResidualBlock(outputs, outputs, 1)]
     return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, num_classes))

@@ -170,8 +170,7 @@ def invert(model: str, prior_name: str, method: str, per_class: int, out: Path, 
     from smi.arrays import save_samples
     from smi.figures import reconstructions
     from smi.files import output_file, write_atomic
-    from smi.inversion import inversions
-    from smi.inversion import invert as run_inversion
+    from smi.inversion import inversions, invert as run_inversion
     from smi.models import read_classifier
     from smi.report import stability
     from smi.stability import Selection

@@ -62,6 +62,7 @@ class _Training:
             self.live = GAN(public.images.shape[1])
             for layer in _layers(self.live.critic):
                 spectral_norm(layer)
+        self.live.generator.to(memory_format=torch.channels_last)  # 1.5 times as fast
         self.average = copy.deepcopy(self.live.generator)
         self.g_opt = torch.optim.Adam(self.live.generator.parameters(), config.lr, betas=(0.0, 0.99))
         self.d_opt = torch.optim.Adam(self.live.critic.parameters(), config.lr, betas=(0.0, 0.99))

@@ -18,9 +18,11 @@ from smi.classifiers import TrainConfig, train_classifier
 from smi.compute import bf16_is_fast, predict
 from smi.defenses import IBAU, Defense, FineTune, Repair
 from smi.domains.base import Domain, PublicImages, Samples
+from smi.errors import InputError
 from smi.evaluation import Comparison, Evaluator, Measurement, clean_control
 from smi.inversion import Inversion, Latent, Stabilized, invert
 from smi.priors import Prior
+from smi.seeding import stream
 from smi.stability import Selection
 
 PER_CLASS = 30
@@ -58,8 +60,12 @@ def remove_backdoor(
 
     >>> prior = load_prior("digits")                        # doctest: +SKIP
     >>> cleaned = remove_backdoor(my_model, prior)          # doctest: +SKIP
-    >>> torch.save(cleaned.model.state_dict(), "clean.pt")  # doctest: +SKIP
+    >>> save_classifier(cleaned.model, "clean.safetensors", arch="resnet18")  # doctest: +SKIP
     """
+    if public is not None and tuple(public.images.shape[1:]) != tuple(prior.image_shape):
+        raise InputError(
+            f"Public images are {tuple(public.images.shape[1:])}, the prior's {tuple(prior.image_shape)}. Resize them."
+        )
     samples = invert(
         model, prior, inversion or Stabilized(), per_class=per_class, selection=selection or Selection(), seed=seed
     )
@@ -179,7 +185,7 @@ def _sources(
 def pseudo_labelled(model: nn.Module, public: PublicImages, n: int, *, seed: int = 0) -> Samples:
     """``n`` public images (all where there are fewer) with the labels that the suspect model gives them."""
     logits = predict(model, public.images)
-    chosen = torch.randperm(len(public), generator=torch.Generator().manual_seed(seed))[:n]
+    chosen = torch.randperm(len(public), generator=stream(seed, "public"))[:n]
     return Samples(public.images[chosen], logits[chosen].argmax(1), logits.shape[1], "public")
 
 

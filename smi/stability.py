@@ -25,8 +25,8 @@ class Selection:
 
     oversample: int = 3
     k: int = 16
-    sigma_x: float = 0.1
-    sigma_w: float = 0.15
+    sigma_x: float = 0.03
+    sigma_w: float = 0.05
     divergence: str = "kl"
     diversity: float = 0.05
 

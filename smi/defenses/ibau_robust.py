@@ -35,13 +35,13 @@ class Robust:
     δ's searched a round; with more classes than that, those that fooled most when last tried.
     """
 
-    schedule: Schedule = field(default_factory=Schedule)
+    schedule: Schedule = field(default_factory=lambda: Schedule(rounds=40, lr=1e-3, distill=10.0))
     goal: float = 0.5
     radius: float | None = None
     stamped: float = 0.5
-    steps: int = 8
+    steps: int = 5
     images: int = 40
-    targets: int = 11
+    targets: int = 6
 
     name = "robust"
 

@@ -32,7 +32,7 @@ class StabilityExplorer(Explorer):
     """The images of one class, ordered from most to least stable under noise that the reader chooses.
 
     model: images in [0, 1] to logits. samples: labelled images, such as `smi.invert` makes. limit: images shown; where
-    a class has more, every so-manieth of them. names: of the classes; default their numbers.
+    a class has more, they are spread evenly over them. names: of the classes; default their numbers.
     """
 
     def __init__(self, model: nn.Module, samples: Samples, *, limit: int = 12, names: tuple[str, ...] = ()) -> None:
@@ -48,8 +48,8 @@ class StabilityExplorer(Explorer):
                     description="Class",
                     style=slider["style"],
                 ),
-                "sigma_x": W.FloatSlider(0.1, min=0, max=0.5, step=0.02, description="Noise on pixels σ_x", **slider),
-                "sigma_w": W.FloatSlider(0.15, min=0, max=0.5, step=0.01, description="on weights σ_w", **slider),
+                "sigma_x": W.FloatSlider(0.03, min=0, max=0.3, step=0.01, description="Noise on pixels σ_x", **slider),
+                "sigma_w": W.FloatSlider(0.05, min=0, max=0.3, step=0.01, description="on weights σ_w", **slider),
                 "k": W.SelectionSlider(
                     options=[1, 2, 4, 8, 16],
                     value=16,

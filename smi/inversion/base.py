@@ -7,6 +7,7 @@ images they stand for are classified as y.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -119,7 +120,8 @@ def invert(
         )
     num_classes = check_model(model, torch.zeros(1, *prior.image_shape), classes)
     suspect = frozen(model)
-    prior = frozen(prior) if isinstance(prior, nn.Module) else prior
+    if isinstance(prior, nn.Module):
+        prior = cast(Prior, frozen(prior))
     count = per_class * (1 if selection is None else selection.oversample)
     images = []
     with fast(suspect) as run:

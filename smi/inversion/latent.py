@@ -28,6 +28,8 @@ class Latent(Inversion):
     it need not leave the region where the generator is good (Struppek et al., "Plug & Play Attacks", ICML 2022).
     """
 
+    steps: int = 30
+    lr: float = 0.05
     lambda_prior: float = 0.1
     norm_ball: float = 1.0
     pool: int = 8

@@ -1,0 +1,136 @@
+"""The composition: the one call, the roles, and the demo's record."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tiny import TinyPrior, tiny_model
+
+import smi
+from smi.attacks import BadNets
+from smi.classifiers import TrainConfig
+from smi.defenses import IBAU, FineTune, Robust, Schedule
+from smi.domains import Domain, PrivateData, PrivateSet, PublicImages
+from smi.pipeline import Clock, DemoConfig, pseudo_labelled, run_demo
+
+QUICK = Schedule(rounds=2, batch_size=9)
+DEFENSE = IBAU(solver=Robust(schedule=QUICK, steps=2, images=6))
+INVERSION = smi.Stabilized(steps=4, lr=0.05)
+SELECTION = smi.Selection(oversample=2, k=2)
+
+
+def tiny_domain(size: int = 8) -> Domain:
+    """Three classes told apart by which third is bright; public images are noise."""
+    rng = torch.Generator().manual_seed(1)
+
+    def part(n: int) -> PrivateSet:
+        labels = torch.arange(n) % 3
+        images = 0.3 * torch.rand(n, 1, size, size, generator=rng)
+        for image, label in zip(images, labels.tolist(), strict=True):
+            image[:, :, size * label // 3 : size * (label + 1) // 3] += 0.6
+        return PrivateSet(images, labels, 3)
+
+    public = PublicImages(torch.rand(20, 1, size, size, generator=rng))
+    return Domain("tiny", ("left", "middle", "right"), PrivateData(part(60), part(30)), public)
+
+
+def remove(domain: Domain) -> smi.Cleaned:
+    return smi.remove_backdoor(
+        tiny_model(), TinyPrior(), domain.public, inversion=INVERSION, selection=SELECTION, defense=DEFENSE,
+        per_class=4, seed=3,
+    )  # fmt: skip
+
+
+def test_removal_is_the_same_with_the_private_data_deleted() -> None:
+    domain = tiny_domain()
+    before = remove(domain)
+    domain.private.forget()
+    with pytest.raises(smi.InputError, match="no private data"):
+        domain.private.train  # noqa: B018
+    after = remove(domain)
+    assert torch.equal(before.samples.images, after.samples.images)
+    for one, other in zip(before.model.parameters(), after.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_another_seed_gives_another_model() -> None:
+    domain = tiny_domain()
+    other = smi.remove_backdoor(
+        tiny_model(), TinyPrior(), domain.public, inversion=INVERSION, selection=SELECTION, defense=DEFENSE,
+        per_class=4, seed=4,
+    )  # fmt: skip
+    pairs = zip(remove(domain).model.parameters(), other.model.parameters(), strict=True)
+    assert not all(torch.equal(one, two) for one, two in pairs)
+
+
+def test_misfits_are_found_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(*args: object, **kwargs: object) -> None:
+        raise AssertionError("inversion began")
+
+    monkeypatch.setattr(smi.Stabilized, "optimise", work)
+    with pytest.raises(smi.InputError, match="Resize"):
+        smi.remove_backdoor(tiny_model(), TinyPrior(), PublicImages(torch.rand(3, 1, 16, 16)))
+    with pytest.raises(smi.InputError, match="GeneratorPrior"):
+        smi.remove_backdoor(tiny_model(), torch.nn.Linear(3, 3))  # type: ignore[arg-type]
+    with pytest.raises(smi.InputError, match="shape"):
+        smi.remove_backdoor(tiny_model(size=8), TinyPrior(size=16))
+
+
+@pytest.fixture(scope="module")
+def demo() -> smi.pipeline.Demo:
+    config = DemoConfig(
+        train=TrainConfig(epochs=3, batch_size=20, augment="none"), attack=BadNets(target=1, size=2), per_class=4,
+        inversion=INVERSION, latent=smi.Latent(steps=2), selection=SELECTION, defense=DEFENSE,
+        baseline=FineTune(schedule=QUICK),
+    )  # fmt: skip
+    return run_demo(tiny_domain(), TinyPrior(), config, seed=2)
+
+
+def test_the_demo_compares_sources_of_the_same_size(demo: smi.pipeline.Demo) -> None:
+    assert [row.source for row in demo.rows] == ["public", "latent", "smi", "clean"]
+    assert [row.defense for row in demo.rows] == ["ft", "ibau/robust", "ibau/robust", "ibau/robust"]
+    assert len(demo.samples) == 12
+    assert demo.samples.labels.tolist() == sorted([0, 1, 2] * 4)
+
+
+def test_the_record_is_complete_and_plain_json(demo: smi.pipeline.Demo) -> None:
+    record = json.loads(json.dumps(demo.summary()))
+    assert {"seed", "n", "before", "after", "controls", "stages", "settings", "versions", "threads"} <= set(record)
+    assert set(record["before"]) == {"acc", "asr"}
+    assert set(record["controls"]) == {"clean", "latent", "public"}
+    for rates in (record["after"], *record["controls"].values()):
+        assert set(rates) == {"acc", "asr", "ra", "der"}
+        assert all(0 <= value <= 1 for value in rates.values())
+    assert {"train", "invert", "repair"} <= set(record["stages"])
+    assert record["settings"]["defense"]["solver"]["schedule"]["rounds"] == 2
+    assert record["n"] == 12
+
+
+def test_pseudo_labels_are_the_models_own() -> None:
+    model, public = tiny_model(), tiny_domain().public
+    samples = pseudo_labelled(model, public, 7, seed=1)
+    assert len(samples) == 7
+    assert torch.equal(samples.labels, model(samples.images).argmax(1))
+    assert len(pseudo_labelled(model, public, 99)) == len(public)
+
+
+def test_the_clock_adds_up_and_survives_errors() -> None:
+    clock = Clock()
+    with clock("a"):
+        pass
+    with pytest.raises(RuntimeError), clock("a"):
+        raise RuntimeError
+    assert list(clock.seconds) == ["a"]
+
+
+@pytest.mark.slow
+def test_the_digits_demo_removes_the_backdoor() -> None:
+    """The main job, on a seed used for nothing else. Minutes."""
+    result = run_demo(smi.load_domain("digits"), smi.load_prior("digits"), seed=200)
+    row = result.row("smi").result
+    assert result.before.acc >= 0.97
+    assert result.before.asr >= 0.99
+    assert row.before.acc - row.after.acc <= 0.05
+    assert row.after.asr <= 0.10
