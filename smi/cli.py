@@ -119,7 +119,7 @@ def remove(
 
 @cli.command("fit-prior", short_help="Train a prior on public images.")
 @click.argument("public")
-@click.option("--steps", type=click.IntRange(min=1), help="Generator steps.  [default: 3000]")
+@click.option("--steps", type=click.IntRange(min=1), help="Generator steps.  [default: 4000]")
 @click.option("--checkpoint", type=click.Path(path_type=Path, dir_okay=False),
               help="Written now and then; where it exists, training goes on from it.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="File, new.")
@@ -132,7 +132,7 @@ def fit_prior_command(
 
     \b
     Example:
-      smi fit-prior digits --steps 3000 --checkpoint run.safetensors --out prior.safetensors
+      smi fit-prior digits --steps 4000 --checkpoint run.safetensors --out prior.safetensors
     """
     from smi.domains import load_public
     from smi.files import output_file

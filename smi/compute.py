@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from typing import Protocol
 
 import torch
@@ -61,6 +63,14 @@ def frozen(model: nn.Module) -> nn.Module:
     Channels-last, which makes a generator 1.5 times as fast on a CPU.
     """
     return copy.deepcopy(model).eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what numbers depend on, and the processor's way of multiplying."""
+    return {name: version(name) for name in ("torch", "numpy")} | {
+        "python": platform.python_version(),
+        "cpu": torch.backends.cpu.get_cpu_capability() + (" bf16" if bf16_is_fast() else ""),
+    }
 
 
 @torch.no_grad()

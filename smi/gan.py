@@ -18,7 +18,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from smi.augment import gan_augment, random_affine
 from smi.checks import check_number, evaluating
-from smi.compute import fast
+from smi.compute import fast, versions
 from smi.domains.base import PublicImages
 from smi.errors import InputError
 from smi.files import fingerprint, load_tensors, save_tensors
@@ -35,7 +35,7 @@ class PriorConfig:
     small public set; mirror only what stays itself when mirrored. ema: decay of the averaged generator.
     """
 
-    steps: int = 3000
+    steps: int = 4000
     batch_size: int = 64
     lr: float = 4e-4
     ema: float = 0.995
@@ -168,4 +168,4 @@ def fit_prior(
         run.advance()
         if checkpoint is not None and (run.step % every == 0 or run.step == config.steps):
             save_tensors(checkpoint, run.tensors(), {"kind": "prior checkpoint", "record": record})
-    return run.finished(record)
+    return run.finished(record | {"versions": versions(), "threads": torch.get_num_threads()})

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -15,7 +13,7 @@ from torch import Tensor, nn
 
 from smi.attacks import Attack, BadNets, poison
 from smi.classifiers import TrainConfig, train_classifier
-from smi.compute import bf16_is_fast, predict
+from smi.compute import predict, versions
 from smi.defenses import IBAU, Defense, FineTune, Repair
 from smi.domains.base import Domain, PublicImages, Samples
 from smi.errors import InputError
@@ -192,15 +190,6 @@ def pseudo_labelled(model: nn.Module, public: PublicImages, n: int, *, seed: int
 def findings(repair: Repair) -> dict[str, Any]:
     """What a defense logged, as plain numbers for a record."""
     return {"defense": repair.defense, **repair.log}
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on, and the processor's own way of multiplying."""
-    packages = {name: version(name) for name in ("torch", "numpy")}
-    return packages | {
-        "python": platform.python_version(),
-        "cpu": torch.backends.cpu.get_cpu_capability() + (" bf16" if bf16_is_fast() else ""),
-    }
 
 
 class Clock:

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smi.compute import predict
+from smi.compute import predict, versions
 from smi.domains.base import Samples
 from smi.files import output_folder, write_atomic
 from smi.models import save_classifier
 from smi.page import page, paragraph
-from smi.pipeline import Cleaned, Demo, findings, versions
+from smi.pipeline import Cleaned, Demo, findings
 from smi.sections import (
     RATES,
     curves_section,

@@ -12,7 +12,7 @@ from smi.attacks import BadNets
 from smi.compute import fast, frozen
 from smi.defenses import IBAU, FineTune, Published, Robust, Schedule, defenses
 from smi.defenses.base import Distillation, _warm_cosine
-from smi.defenses.universal import AWAY, data_scale, fooling_rate, into_ball, natural_radius, universal
+from smi.defenses.universal import AWAY, concentrate, data_scale, fooling_rate, into_ball, natural_radius, universal
 from smi.domains import PrivateSet, PublicImages, Samples
 from smi.errors import InputError
 
@@ -157,6 +157,19 @@ def test_natural_radius_scales_with_the_data_and_is_not_moved_by_one_backdoored_
             radius[name] = natural_radius(run, s.images, s.labels, 3, goal=0.5, steps=8, rng=rng(2))
     assert 0.02 * data_scale(s.images) < radius["clean"] <= 1.2 * 1.15 * data_scale(s.images)
     assert radius["backdoored"] == pytest.approx(radius["clean"], rel=0.35)
+
+
+def test_concentrate_keeps_norm_and_strongest_pixels() -> None:
+    delta = 0.1 * torch.randn(4, 3, 8, 8, generator=rng())
+    share = torch.tensor([1.0, 0.5, 0.1, 1e-6])
+    sparse = concentrate(delta, share)
+    assert torch.allclose(sparse[0], delta[0], atol=1e-6)
+    assert (sparse.abs().sum(1) > 0).flatten(1).sum(1).tolist() == [64, 32, 6, 1]
+    norms = sparse.flatten(1).norm(dim=1) / delta.flatten(1).norm(dim=1)
+    assert norms[:3].tolist() == pytest.approx([1, 1, 1], rel=1e-4)
+    energy = delta[2].square().sum(0)
+    assert energy[sparse[2].abs().sum(0) > 0].min() > energy[sparse[2].abs().sum(0) == 0].max()
+    assert concentrate(100 * delta, share).abs().max() <= 1
 
 
 def test_data_scale_and_ball() -> None:

@@ -4,7 +4,8 @@
 
 What differs from the published solver, and why: the inner maximum is searched afresh each round, from noise, towards
 every class and away from all (a single untargeted δ misses the trigger on half of the seeds); all the δ's are stamped,
-each as often as it still fools (the worst one alone makes the model oscillate); C comes from the data
+each as often as it still fools (the worst one alone makes the model oscillate), spread out or concentrated on a few
+pixels (a patch comes out of an L2 search with noise around it); C comes from the data
 (`natural_radius`); clean behaviour is held by distillation on unstamped samples and public images, so that accuracy
 costs little; and the outer gradient is first-order: δ is found afresh, so that nothing implicit is left to follow.
 """
@@ -21,9 +22,11 @@ from torch.nn import functional as F
 from smi.checks import check_number
 from smi.compute import Runner, fast, frozen
 from smi.defenses.base import Distillation, Schedule, train_repair
-from smi.defenses.universal import AWAY, fooling_rate, natural_radius, universal
+from smi.defenses.universal import AWAY, concentrate, fooling_rate, natural_radius, universal
 from smi.domains.base import PublicImages, Samples
 from smi.seeding import stream
+
+SPARSEST = 0.02  # of the pixels, in what is stamped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +38,7 @@ class Robust:
     δ's searched a round; with more classes than that, those that fooled most when last tried.
     """
 
-    schedule: Schedule = field(default_factory=lambda: Schedule(rounds=40, lr=1e-3, distill=10.0))
+    schedule: Schedule = field(default_factory=lambda: Schedule(rounds=30, lr=2e-3, distill=20.0))
     goal: float = 0.5
     radius: float | None = None
     stamped: float = 0.5
@@ -126,9 +129,10 @@ class _Adversary:
         self.curve.append(found.rates.max().item())
 
     def stamp(self, images: Tensor) -> Tensor:
-        """Each image with one δ, drawn in proportion to how much it fools."""
+        """Each image with one δ, drawn in proportion to how much it fools, from spread out to a few pixels."""
         which = torch.multinomial(self.rates + 1e-3, len(images), replacement=True, generator=self.rng)
-        return (images + self.delta[which]).clamp(0, 1)
+        share = SPARSEST ** torch.rand(len(images), generator=self.rng)
+        return (images + concentrate(self.delta[which], share)).clamp(0, 1)
 
     def _draw(self, count: int) -> tuple[Tensor, Tensor]:
         index = torch.randperm(len(self.samples), generator=self.rng)[:count]

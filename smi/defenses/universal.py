@@ -54,6 +54,20 @@ def into_ball(delta: Tensor, radius: float) -> Tensor:
     return delta * (radius / norm).clamp(max=1)
 
 
+def concentrate(delta: Tensor, share: Tensor) -> Tensor:
+    """Each ``delta[n]`` on its strongest pixels alone: a share ``share[n]`` (0 to 1) of them, at the same norm.
+
+    A patch found by an L2 search carries noise all over; unlearning only the mixture leaves some of the bare patch.
+    Values stay within one pixel range, [−1, 1]. delta ``[N, C, H, W]``, share ``[N]``.
+    """
+    energy = delta.square().sum(1).flatten(1)
+    kept = (share * energy.shape[1]).long().clamp(min=1)
+    least = energy.sort(1, descending=True).values.gather(1, kept[:, None] - 1)
+    sparse = delta * (energy >= least).view(len(delta), 1, *delta.shape[2:])
+    scale = delta.flatten(1).norm(dim=1) / sparse.flatten(1).norm(dim=1).clamp(min=TINY)
+    return (sparse * scale.view(-1, 1, 1, 1)).clamp(-1, 1)
+
+
 @torch.no_grad()
 def fooling_rate(run: Runner, images: Tensor, labels: Tensor, targets: Tensor, delta: Tensor) -> Tensor:
     """Share ``[T]`` of the images that δ_t sends to class t (of those not of class t), or away from their labels."""

