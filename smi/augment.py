@@ -74,9 +74,19 @@ def _within(offset: Tensor, length: int) -> Tensor:
 
 
 def vary(images: Tensor, rng: torch.Generator) -> Tensor:
-    """Images as other photographs or scans of the same things: small affine maps and a gamma of 0.5 to 2 per image.
+    """Images as other people's scans or photographs of the same things, each with a map and a gamma of its own.
 
-    images ``[N, C, H, W]`` in [0, 1], and so is the result. What distillation runs on, to cover more than the samples.
+    Rotation up to 12°, shift up to 2 pixels, each side stretched by up to 20 %, a shear of up to 0.2, gamma from 0.5 to
+    2. images ``[N, C, H, W]`` in [0, 1], and so is the result. What distillation runs on, to cover more than the
+    samples show.
     """
-    gamma = torch.exp((torch.rand(len(images), 1, 1, 1, generator=rng) * 2 - 1) * math.log(2)).to(images)
-    return random_affine(images, rng, degrees=10, shift=2, zoom=0.15).clamp(0, 1).pow(gamma)
+    u = (torch.rand(len(images), 7, generator=rng) * 2 - 1).to(images)
+    angle, shear = u[:, 0] * math.radians(12), u[:, 1] * 0.2
+    wide, tall = 1 + u[:, 2] * 0.2, 1 + u[:, 3] * 0.2
+    theta = torch.zeros(len(images), 2, 3, dtype=images.dtype, device=images.device)
+    theta[:, 0, 0], theta[:, 0, 1] = angle.cos() * wide, (shear - angle.sin()) * wide
+    theta[:, 1, 0], theta[:, 1, 1] = angle.sin() * tall, angle.cos() * tall
+    theta[:, :, 2] = u[:, 4:6] * (2 * 2 / images.shape[2])
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    moved = F.grid_sample(images, grid, align_corners=False).clamp(0, 1)
+    return moved.pow(torch.exp(u[:, 6] * math.log(2)).view(-1, 1, 1, 1))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import noise
 
-from smi.augment import gan_augment, random_affine, random_crop_flip
+from smi.augment import gan_augment, random_affine, random_crop_flip, vary
 
 
 def rng(seed=0):
@@ -138,3 +138,19 @@ def test_gan_hole_is_one_square_on_about_half_of_the_images():
         assert hole.sum() == rows * cols  # a filled rectangle, cut off at the border at most
         assert max(rows, cols) <= 10
     assert torch.equal(gan_augment(noise(4, 3, 16, 16), rng(), shift=0, hole=0), noise(4, 3, 16, 16))
+
+
+def test_vary_keeps_the_range_and_changes_each_image_its_own_way():
+    image = torch.zeros(1, 1, 32, 32)
+    image[:, :, 8:24, 12:20] = 0.6
+    varied = vary(image.expand(40, 1, 32, 32), torch.Generator().manual_seed(0))
+    assert varied.shape == (40, 1, 32, 32)
+    assert varied.min() >= 0
+    assert varied.max() <= 1
+    assert len(varied.flatten(1).unique(dim=0)) == 40
+    brightest = varied.flatten(1).amax(1)
+    assert 0.6**2 - 0.01 <= brightest.min() < 0.5  # gamma 2 at most
+    assert 0.7 < brightest.max() <= 0.6**0.5 + 0.01  # gamma 0.5 at least
+    inside = (varied > 0.05).flatten(1).sum(1) / (16 * 8)
+    assert inside.min() > 0.6
+    assert inside.max() < 2

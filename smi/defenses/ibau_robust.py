@@ -38,7 +38,7 @@ class Robust:
     δ's searched a round; with more classes than that, those that fooled most when last tried.
     """
 
-    schedule: Schedule = field(default_factory=lambda: Schedule(rounds=30, lr=2e-3, distill=20.0))
+    schedule: Schedule = field(default_factory=lambda: Schedule(rounds=30, lr=3e-3, distill=40.0))
     goal: float = 0.5
     radius: float | None = None
     stamped: float = 0.5
