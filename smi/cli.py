@@ -172,8 +172,7 @@ def invert(model: str, prior_name: str, method: str, per_class: int, out: Path, 
     from smi.files import output_file, write_atomic
     from smi.inversion import inversions, invert as run_inversion
     from smi.models import read_classifier
-    from smi.report import stability
-    from smi.stability import Selection
+    from smi.stability import Selection, score_samples
 
     chosen = inversions[method]()
     file, sheet = output_file(_suffixed(out, ".npz")), output_file(out.with_suffix(".png"))
@@ -182,7 +181,7 @@ def invert(model: str, prior_name: str, method: str, per_class: int, out: Path, 
     # Baselines keep what they make, as in the demo; choosing by stability is part of the stabilised method.
     selection = Selection() if method == "smi" else None
     samples = run_inversion(suspect, prior, chosen, per_class=per_class, selection=selection, seed=seed)
-    samples = replace(samples, scores=stability(suspect, samples, seed=seed))
+    samples = replace(samples, scores=score_samples(suspect, samples, seed=seed))
     picture = reconstructions(samples, card.classes, range(min(card.num_classes, 20)), shown=min(per_class, 8))
     save_samples(file, samples)
     write_atomic(sheet, picture)
@@ -193,8 +192,8 @@ def invert(model: str, prior_name: str, method: str, per_class: int, out: Path, 
 @click.argument("model")
 @click.argument("images")
 @click.option("--k", type=click.IntRange(min=1), default=16, show_default=True, help="Draws of noise.")
-@click.option("--sigma-x", type=float, default=0.1, show_default=True, help="Noise on pixels.")
-@click.option("--sigma-w", type=float, default=0.15, show_default=True, help="Noise on weights, relative.")
+@click.option("--sigma-x", type=float, default=0.03, show_default=True, help="Noise on pixels.")
+@click.option("--sigma-w", type=float, default=0.05, show_default=True, help="Noise on weights, relative.")
 @click.option("--family", default="gaussian", show_default=True, help="Of the noise: gaussian or rademacher.")
 @click.option(
     "--divergence", default="kl", show_default=True, help="kl, cross_entropy, total_variation, margin or flip."

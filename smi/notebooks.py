@@ -10,6 +10,7 @@ passes whatever it says. `problems` is the guard against that and keeps notebook
 from __future__ import annotations
 
 import ast
+import base64
 import os
 import re
 import sys
@@ -28,6 +29,7 @@ FOLDER = Path("notebooks")
 TIMEOUT = 120  # seconds a cell, as for nbval
 WORDS, CODE_CELLS, CODE_LINES, MEGABYTES, WAIVERS = 2000, 25, 250, 2.0, 3
 WAIVER_TAGS = {"nbval-ignore-output", "nbval-skip"}  # each needs a "reason" in the cell's metadata
+KEPT_METADATA = ("tags", "reason", "saves")
 ERROR_TAG = "raises-exception"
 PACKAGES = ("smi", "smi_kernels")
 LIVE_VIEW = "application/vnd.jupyter.widget-view+json"
@@ -51,6 +53,16 @@ def refresh(path: Path) -> None:
     client.execute(env=environment)
     normalise(notebook)
     write_atomic(path, nbformat.writes(notebook).rstrip("\n") + "\n")
+    _save_pictures(notebook, path.parent / "pictures")
+
+
+def _save_pictures(notebook: Any, folder: Path) -> None:
+    """The figure of a cell with ``"saves": NAME`` in its metadata is also a file, for pages outside the notebook."""
+    for cell in notebook.cells:
+        if name := cell.metadata.get("saves"):
+            png = next(o.data["image/png"] for o in cell.outputs if "image/png" in o.get("data", {}))
+            folder.mkdir(exist_ok=True)
+            write_atomic(folder / name, base64.b64decode(png))
 
 
 def normalise(notebook: Any) -> None:
@@ -64,7 +76,9 @@ def normalise(notebook: Any) -> None:
     notebook.nbformat, notebook.nbformat_minor = 4, 5
     for index, cell in enumerate(notebook.cells):
         cell.id = f"cell-{index:02d}"
-        cell.metadata = nbformat.from_dict({k: cell.metadata[k] for k in ("tags", "reason") if k in cell.metadata})
+        cell.metadata = nbformat.from_dict(
+            {k: cell.metadata[k] for k in ("tags", "reason", "saves") if k in cell.metadata}
+        )
         for output in cell.get("outputs", []):
             # Without a kernel a widget's view is an error message that hides the stored picture.
             output.get("data", {}).pop(LIVE_VIEW, None)

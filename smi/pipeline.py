@@ -21,7 +21,7 @@ from smi.evaluation import Comparison, Evaluator, Measurement, clean_control
 from smi.inversion import Inversion, Latent, Stabilized, invert
 from smi.priors import Prior
 from smi.seeding import stream
-from smi.stability import Selection
+from smi.stability import KERNEL_BACKEND, Selection
 
 PER_CLASS = 30
 
@@ -118,7 +118,7 @@ class Demo:
             "findings": {row.source: findings(row.repair) for row in self.rows},
             "versions": versions(),
             "threads": self.threads,
-            "kernel_backend": "torch",
+            "kernel_backend": KERNEL_BACKEND,
         }
 
 

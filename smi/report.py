@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from smi.compute import predict, versions
-from smi.domains.base import Samples
 from smi.files import output_folder, write_atomic
 from smi.models import save_classifier
 from smi.page import page, paragraph
@@ -37,8 +36,7 @@ from smi.sections import (
     time_section,
     trigger_section,
 )
-from smi.stability import Selection
-from smi_kernels import stability_scores
+from smi.stability import KERNEL_BACKEND, score_samples
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +65,7 @@ class Removal:
     def stability(self) -> tuple[Tensor, Tensor]:
         """Stability scores ``[N]`` of the reconstructions on the suspect and on the repaired model, same noise."""
         models = (self.suspect, self.cleaned.model)
-        before, after = (stability(model, self.cleaned.samples, seed=self.seed) for model in models)
+        before, after = (score_samples(model, self.cleaned.samples, seed=self.seed) for model in models)
         return before, after
 
     def summary(self) -> dict[str, Any]:
@@ -84,16 +82,8 @@ class Removal:
             "settings": self.settings,
             "versions": versions(),
             "threads": torch.get_num_threads(),
-            "kernel_backend": "torch",
+            "kernel_backend": KERNEL_BACKEND,
         }
-
-
-def stability(model: nn.Module, samples: Samples, selection: Selection = Selection(), *, seed: int = 0) -> Tensor:  # noqa: B008
-    """Stability scores ``[N]`` of samples on ``model``, in eval mode, under the noise that selection uses."""
-    return stability_scores(
-        model, samples.images, samples.labels, k=selection.k, sigma_x=selection.sigma_x, sigma_w=selection.sigma_w,
-        divergence=selection.divergence, seed=seed,
-    ).cpu()  # fmt: skip
 
 
 def write_report(run: Demo | Removal, folder: str | Path) -> list[Path]:

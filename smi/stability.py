@@ -13,6 +13,8 @@ from smi.domains.base import Samples
 from smi.errors import InputError
 from smi_kernels import stability_scores
 
+KERNEL_BACKEND = "torch"  # of smi_kernels; named here so that records say what really ran
+
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
@@ -38,6 +40,15 @@ class Selection:
         check_number("diversity", self.diversity, low=0, high=1)
 
 
+def score_samples(model: nn.Module, samples: Samples, selection: Selection = Selection(), *, seed: int = 0) -> Tensor:
+    """Stability scores float32 ``[N]`` of samples on ``model``, in eval mode. Lower is more stable."""
+    with evaluating(model):
+        return stability_scores(
+            model, samples.images, samples.labels, k=selection.k, sigma_x=selection.sigma_x,
+            sigma_w=selection.sigma_w, divergence=selection.divergence, seed=seed, backend=KERNEL_BACKEND,
+        ).cpu()  # fmt: skip
+
+
 def select_stable(
     model: nn.Module,
     candidates: Samples,
@@ -50,11 +61,7 @@ def select_stable(
 
     Candidates that the model itself does not take for their class come last. Returns `Samples` with their scores.
     """
-    with evaluating(model):
-        scores = stability_scores(
-            model, candidates.images, candidates.labels, k=selection.k, sigma_x=selection.sigma_x,
-            sigma_w=selection.sigma_w, divergence=selection.divergence, seed=seed,
-        ).cpu()  # fmt: skip
+    scores = score_samples(model, candidates, selection, seed=seed)
     wrong = predict(model, candidates.images).argmax(1) != candidates.labels
     rank = scores + wrong * (scores.max() - scores.min() + 1)
     embedded = features(model, candidates.images)

@@ -1,0 +1,66 @@
+"""The README's table is the committed results, and its picture the notebook's."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+ROWS = {
+    "none": "no defense",
+    "public": "public images, pseudo-labels | fine-tuning",
+    "latent": "latent inversion, no stability | I-BAU, robust solver",
+    "smi": "**SMI, no clean data** | I-BAU, robust solver",
+    "clean": "clean samples (control) | I-BAU, robust solver",
+}
+
+
+def rates(record: dict[str, Any], row: str) -> dict[str, float]:
+    if row == "none":
+        return record["before"]
+    return record["after"] if row == "smi" else record["controls"][row]
+
+
+def cell(values: Sequence[float], worst: Callable[[Sequence[float]], float]) -> str:
+    return f"{100 * sum(values) / len(values):.1f} ({100 * worst(values):.1f})"
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """Mean and worst over seeds, in per cent."""
+    lines = ["| samples | removal | ACC % | ASR % | DER % |", "|---|---|---|---|---|"]
+    for row, label in ROWS.items():
+        found = [rates(record, row) for record in records]
+        acc, asr = cell([f["acc"] for f in found], min), cell([f["asr"] for f in found], max)
+        der = "" if row == "none" else cell([f["der"] for f in found], min)
+        lines.append(f"| {'none | ' if row == 'none' else ''}{label} | {acc} | {asr} | {der} |")
+    return "\n".join(lines)
+
+
+def test_the_table_is_that_of_the_committed_runs() -> None:
+    records = json.loads((ROOT / "notebooks/results/demo.json").read_text())
+    assert [record["seed"] for record in records] == [10, 11, 12, 13, 14]
+    settings = [record["settings"] for record in records]
+    assert all(s == settings[0] for s in settings), "the settings must be the same for every seed"
+    assert table(records) in (ROOT / "README.md").read_text(), f"the README's table should be:\n{table(records)}"
+
+
+def test_the_committed_settings_are_the_current_defaults() -> None:
+    from dataclasses import asdict
+
+    from smi.pipeline import DemoConfig
+
+    record = json.loads((ROOT / "notebooks/results/demo.json").read_text())[0]["settings"]
+    current = json.loads(json.dumps(asdict(DemoConfig())))
+    assert {name: record[name] for name in current if name != "attack"} == {
+        name: value for name, value in current.items() if name != "attack"
+    }, "defaults changed since the README's runs: run them again"
+
+
+def test_the_picture_is_the_notebooks() -> None:
+    notebook = json.loads((ROOT / "notebooks/00_start_here.ipynb").read_text())
+    (saved,) = [c for c in notebook["cells"] if c["metadata"].get("saves") == "story.png"]
+    (png,) = [o["data"]["image/png"] for o in saved["outputs"] if "image/png" in o.get("data", {})]
+    assert base64.b64decode(png) == (ROOT / "notebooks/pictures/story.png").read_bytes()
