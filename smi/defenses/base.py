@@ -86,8 +86,8 @@ defenses: Registry[type[Defense]] = Registry("defense")
 class Schedule:
     """The outer loop that defenses share: AdamW with cosine decay over ``rounds`` passes over the samples.
 
-    batch_size: samples a step. distill: weight of ``KL(suspect ‖ repaired)`` on the unstamped samples and on as many
-    public images a step; 0 switches it off.
+    batch_size: samples a step, fewer where a round would have less than three steps. distill: weight of
+    ``KL(suspect ‖ repaired)`` on the unstamped samples and on as many public images a step; 0 switches it off.
     """
 
     rounds: int = 30
@@ -124,6 +124,8 @@ class Distillation:
         return F.kl_div(F.log_softmax(run(images), 1), wanted, reduction="batchmean", log_target=True)
 
 
+LEAST_STEPS = 3  # a round: with fewer samples smaller batches, or the decay comes before the repair is done
+
 StepLoss = Callable[[Runner, Tensor, Tensor], Tensor]
 BeforeRound = Callable[[nn.Module, int], None]
 
@@ -144,7 +146,7 @@ def train_repair(
     """
     repaired = copy.deepcopy(model).eval()
     optimizer = torch.optim.AdamW(repaired.parameters(), schedule.lr, weight_decay=schedule.weight_decay)
-    steps = max(1, len(samples) // schedule.batch_size)
+    steps = min(max(LEAST_STEPS, len(samples) // schedule.batch_size), len(samples))
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_cosine(schedule.rounds * steps))
     rng, curve = stream(seed, "repair"), []
     for index in range(schedule.rounds):
