@@ -51,7 +51,7 @@ def test_without_noise_every_score_is_zero(explorer):
     assert explorer.compute(label=0, sigma_x=0.0, sigma_w=0.0, k=1).scores.abs().max() == 0
 
 
-@pytest.mark.parametrize(("control", "value"), [("label", 1), ("sigma_x", 0.3), ("sigma_w", 0.4), ("k", 4)])
+@pytest.mark.parametrize(("control", "value"), [("label", 1), ("sigma_x", 0.3), ("sigma_w", 0.2), ("k", 4)])
 def test_a_control_changes_state_readout_and_picture(explorer, control, value):
     state, readout, picture = explorer.state, explorer.readout, explorer.picture.png
     explorer.controls[control].value = value
@@ -95,7 +95,7 @@ def test_state_is_plain_and_rounded(explorer):
 
 
 def test_repr_is_stable(explorer, model, samples):
-    assert repr(explorer) == "StabilityExplorer(label=0, sigma_x=0.1, sigma_w=0.15, k=16)"
+    assert repr(explorer) == "StabilityExplorer(label=0, sigma_x=0.03, sigma_w=0.05, k=16)"
     assert repr(explorer) == repr(StabilityExplorer(model, samples, limit=3))
 
 
