@@ -15,11 +15,11 @@ from smi.attacks import Attack, BadNets, poison
 from smi.classifiers import TrainConfig, train_classifier
 from smi.compute import predict, versions
 from smi.defenses import IBAU, Defense, FineTune, Repair
+from smi.defenses.base import check_public
 from smi.domains.base import Domain, PublicImages, Samples
-from smi.errors import InputError
 from smi.evaluation import Comparison, Evaluator, Measurement, clean_control
 from smi.inversion import Inversion, Latent, Stabilized, invert
-from smi.priors import Prior
+from smi.priors import Prior, check_prior
 from smi.seeding import stream
 from smi.stability import KERNEL_BACKEND, Selection
 
@@ -60,10 +60,8 @@ def remove_backdoor(
     >>> cleaned = remove_backdoor(my_model, prior)          # doctest: +SKIP
     >>> save_classifier(cleaned.model, "clean.safetensors", arch="resnet18")  # doctest: +SKIP
     """
-    if public is not None and tuple(public.images.shape[1:]) != tuple(prior.image_shape):
-        raise InputError(
-            f"Public images are {tuple(public.images.shape[1:])}, the prior's {tuple(prior.image_shape)}. Resize them."
-        )
+    check_prior(prior)
+    check_public(public, prior.image_shape)
     samples = invert(
         model, prior, inversion or Stabilized(), per_class=per_class, selection=selection or Selection(), seed=seed
     )

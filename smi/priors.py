@@ -40,6 +40,14 @@ class Prior(Protocol):
         """Realism ``[N]`` (higher is more like the public images), differentiable; None without a critic."""
 
 
+def check_prior(prior: object) -> None:
+    """``prior`` must satisfy `Prior`."""
+    if not isinstance(prior, Prior):
+        raise InputError(
+            f"{type(prior).__name__} is no prior. Wrap your generator: smi.GeneratorPrior(net, latent_dim)."
+        )
+
+
 def sample_latents(prior: Prior, n: int, rng: torch.Generator) -> Tensor:
     """``[n, d]`` standard normal latents."""
     return torch.randn(n, prior.latent_dim, generator=rng)

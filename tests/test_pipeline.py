@@ -72,6 +72,8 @@ def test_misfits_are_found_before_any_work(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(smi.Stabilized, "optimise", work)
     with pytest.raises(smi.InputError, match="Resize"):
         smi.remove_backdoor(tiny_model(), TinyPrior(), PublicImages(torch.rand(3, 1, 16, 16)))
+    with pytest.raises(smi.InputError, match="PublicImages"):
+        smi.remove_backdoor(tiny_model(), TinyPrior(), tiny_domain().private.test)  # type: ignore[arg-type]
     with pytest.raises(smi.InputError, match="GeneratorPrior"):
         smi.remove_backdoor(tiny_model(), torch.nn.Linear(3, 3))  # type: ignore[arg-type]
     with pytest.raises(smi.InputError, match="shape"):

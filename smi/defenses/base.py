@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -41,6 +41,19 @@ class Repair:
         return f"Repair(by {self.defense} on {self.source} samples)"
 
 
+def check_public(public: object, shape: Sequence[int]) -> None:
+    """``public`` must be `PublicImages` of ``shape`` ``(C, H, W)``, or None."""
+    if public is None:
+        return
+    if not isinstance(public, PublicImages):
+        raise InputError(f"public is a {type(public).__name__}. Allowed: PublicImages, or None.")
+    if tuple(public.images.shape[1:]) != tuple(shape):
+        raise InputError(
+            f"Public images are {tuple(public.images.shape[1:])}, but {tuple(shape)} is needed. "
+            "Resize the public images."
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Defense:
     """Base of every defense."""
@@ -61,14 +74,8 @@ class Defense:
                 f"A defense takes Samples, not {type(samples).__name__}. Make them with smi.invert(model, prior, ...); "
                 "private data and triggers belong to the evaluator."
             )
-        if public is not None and not isinstance(public, PublicImages):
-            raise InputError(f"public is a {type(public).__name__}. Allowed: PublicImages, or None.")
         check_model(model, samples.images, samples.num_classes)
-        if public is not None and public.images.shape[1:] != samples.images.shape[1:]:
-            raise InputError(
-                f"Public images are {tuple(public.images.shape[1:])}, the samples {tuple(samples.images.shape[1:])}. "
-                "Resize the public images."
-            )
+        check_public(public, samples.images.shape[1:])
         return self._repair(model, samples, public, seed)
 
     def _repair(self, model: nn.Module, samples: Samples, public: PublicImages | None, seed: int) -> Repair:

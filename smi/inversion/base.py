@@ -16,7 +16,7 @@ from smi.checks import check_model, check_number
 from smi.compute import Runner, fast, frozen, mixed
 from smi.domains.base import Samples
 from smi.errors import InputError
-from smi.priors import Prior
+from smi.priors import Prior, check_prior
 from smi.progress import track
 from smi.seeding import stream
 from smi.stability import Selection, select_stable
@@ -114,10 +114,7 @@ def invert(
     check_number("per_class", per_class, low=1, integer=True)
     if not isinstance(method, Inversion):
         raise InputError(f"method is a {type(method).__name__}. Allowed: an Inversion such as smi.Stabilized().")
-    if not isinstance(prior, Prior):
-        raise InputError(
-            f"{type(prior).__name__} is no prior. Wrap your generator: smi.GeneratorPrior(net, latent_dim)."
-        )
+    check_prior(prior)
     num_classes = check_model(model, torch.zeros(1, *prior.image_shape), classes)
     suspect = frozen(model)
     if isinstance(prior, nn.Module):

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from smi.checks import check_number
 from smi.inversion.base import Inversion, Task, inversions
+from smi.priors import sample_latents
 
 CLEAR = 0.1  # a cross-entropy below this counts as clear
 
@@ -45,7 +46,7 @@ class Latent(Inversion):
     def start(self, task: Task) -> Tensor:
         """Of ``pool`` times as many normal latents those that the model takes for y most clearly ``[N, d]``."""
         wanted = len(task.labels)
-        z = torch.randn(wanted * self.pool, task.prior.latent_dim, generator=task.rng)
+        z = sample_latents(task.prior, wanted * self.pool, task.rng)
         self.project(z)
         with torch.no_grad():
             chunks = z.split(256)
