@@ -84,7 +84,7 @@ class Row:
 class Demo:
     """Everything a demo run found, for table, report and notebooks.
 
-    rows: in the order of the table, SMI under the source "smi". stamped: examples of the trigger. stages: seconds.
+    rows: in the order of the table, SMI under the source "smi". samples: SMI's. stages: seconds.
     """
 
     seed: int
