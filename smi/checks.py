@@ -56,6 +56,12 @@ def check_model(model: object, images: Tensor, num_classes: int | None = None) -
     for name, value in model.state_dict().items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise InputError(f"The model's {name!r} has NaN or infinite values. Load an intact checkpoint.")
+    trained_on = getattr(model, "image_shape", None)  # pooling lets a model run on any size, sense or not
+    if trained_on is not None and tuple(images.shape[1:]) != tuple(trained_on):
+        raise InputError(
+            f"The model was trained on images of shape {tuple(trained_on)}, not {tuple(images.shape[1:])}. "
+            "Use images or a prior of the size and channels that the model was trained on."
+        )
     try:
         with evaluating(model), torch.no_grad():
             logits = model(images[:1].to(device_of(model)))

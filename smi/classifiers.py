@@ -87,6 +87,7 @@ class Classifier(nn.Module):
 
     mean: Tensor
     std: Tensor
+    image_shape: tuple[int, ...] | None = None  # (C, H, W) it was trained on, where that is known
 
     def __init__(self, body: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
@@ -182,4 +183,5 @@ def train_classifier(data: TrainingSet, config: TrainConfig = TrainConfig(), *, 
                 loss.backward()
                 optimizer.step()
                 schedule.step()
+    model.image_shape = tuple(data.images.shape[1:])
     return model.eval()

@@ -111,3 +111,14 @@ def test_every_augmentation_keeps_the_shape(augment):
 def test_settings_are_checked(settings, message):
     with pytest.raises(InputError, match=message):
         TrainConfig(**settings)
+
+
+def test_a_pooling_model_refuses_a_prior_of_another_size():
+    from tiny import TinyPrior
+
+    import smi
+
+    data = PrivateSet(torch.rand(12, 1, 16, 16), torch.arange(12) % 3, 3)
+    model = smi.train_classifier(data, smi.TrainConfig(epochs=1, batch_size=6, augment="none"))
+    with pytest.raises(smi.InputError, match="trained on images of shape"):
+        smi.invert(model, TinyPrior(size=8), smi.Latent(steps=1), per_class=1)
