@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from smi_kernels.registry import Registry
+from smi_kernels.registry import Kernel, Registry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,10 +23,15 @@ class Divergence:
     Attributes:
         compute: the function. Lower means more stable.
         needs_labels: whether it reads the labels; without it they may be None.
+        kernel: the twin of ``compute`` in Triton, a ``@triton.jit`` function or "module:name" of one. It maps float32
+            blocks of clean and perturbed logits ``[ROWS, CLASSES]``, int64 labels ``[ROWS]`` and a mask
+            ``[1, CLASSES]`` of the classes that exist (padded logits are −inf) to a float32 block ``[ROWS]``. None: the
+            Triton backend does not support the divergence.
     """
 
     compute: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     needs_labels: bool = False
+    kernel: Kernel = None
 
 
 divergences: Registry[Divergence] = Registry("divergence")
@@ -80,8 +85,11 @@ def _margin(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.gather(1, own).squeeze(1) - others.amax(1)
 
 
-divergences.add("kl", Divergence(compute=kl))
-divergences.add("cross_entropy", Divergence(compute=cross_entropy, needs_labels=True))
-divergences.add("total_variation", Divergence(compute=total_variation))
-divergences.add("margin", Divergence(compute=margin, needs_labels=True))
-divergences.add("flip", Divergence(compute=flip))
+_KERNELS = "smi_kernels.triton.divergences"
+divergences.add("kl", Divergence(compute=kl, kernel=f"{_KERNELS}:kl"))
+divergences.add(
+    "cross_entropy", Divergence(compute=cross_entropy, needs_labels=True, kernel=f"{_KERNELS}:cross_entropy")
+)
+divergences.add("total_variation", Divergence(compute=total_variation, kernel=f"{_KERNELS}:total_variation"))
+divergences.add("margin", Divergence(compute=margin, needs_labels=True, kernel=f"{_KERNELS}:margin"))
+divergences.add("flip", Divergence(compute=flip, kernel=f"{_KERNELS}:flip"))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from smi_kernels.philox import Words, box_muller, philox, uniform
-from smi_kernels.registry import Registry
+from smi_kernels.registry import Kernel, Registry
 
 PARAMETERS, INPUT = 0, 1
 """Streams: the last word of the counter."""
@@ -33,13 +33,18 @@ class Family:
     """How random words become noise of mean 0 and variance 1.
 
     Attributes:
-        elements: noise values that one counter (128 bits) gives.
+        elements: noise values that one counter (128 bits) gives: 4 or 128.
         values: four int64 tensors ``[B]`` of words in [0, 2³²) to float32 noise ``[B, elements]``. Elementwise: row b
             depends on the words at b alone.
+        kernel: the twin of ``values`` in Triton, a ``@triton.jit`` function, or where to find one: "module:name". With
+            4 elements it maps four uint32 blocks, the words, to a tuple of four float32 blocks; with 128 it maps a
+            uint32 block of words and an int32 block of bit positions in [0, 32) to one float32 block, for element
+            32·(word's place) + bit. None: the Triton backend does not support the family.
     """
 
     elements: int
     values: Callable[[Words], Tensor]
+    kernel: Kernel = None
 
 
 families: Registry[Family] = Registry("noise family")
@@ -59,8 +64,8 @@ def _rademacher(words: Words) -> Tensor:
     return (1 - 2 * bits).flatten(1).to(torch.float32)
 
 
-families.add("gaussian", Family(elements=4, values=_gaussian))
-families.add("rademacher", Family(elements=128, values=_rademacher))
+families.add("gaussian", Family(elements=4, values=_gaussian, kernel="smi_kernels.triton.noise:gaussian"))
+families.add("rademacher", Family(elements=128, values=_rademacher, kernel="smi_kernels.triton.noise:rademacher"))
 
 
 def draw(

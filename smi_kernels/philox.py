@@ -1,15 +1,13 @@
 """Philox-4x32: a counter-based random number generator in torch integer operations.
 
 Each 128-bit counter is encrypted under a 64-bit key, so that word ``i`` of a stream can be computed anywhere, in any
-order, without state. The words, the uniforms and the recipe of the normals are those of ``tl.philox``, ``tl.rand4x``
-and ``tl.randn4x``, so that a Triton kernel can draw the same noise.
+order, without state. The words and the uniforms are those of ``tl.philox`` and ``tl.rand4x``; the normals are built of
+operations that are correctly rounded everywhere, so that every backend draws the same bits.
 
 Source: Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011, section 3.3.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
@@ -73,12 +71,52 @@ def uniform(word: Tensor) -> Tensor:
     return folded.to(torch.float32) * _UNIT
 
 
+# Polynomials for `box_muller`, near minimax in float32: P with log(1 + x) = x − x²/2 + x³ P(x) on [√½ − 1, √2 − 1],
+# and S, C with sin(πr/2) = r S(r²), cos(πr/2) = 1 + r² C(r²) on |r| ≤ ½. Ascending powers.
+LOG = (0.33333316, -0.2500081, 0.20002286, -0.16624554, 0.1418119, -0.13128755, 0.12881647, -0.078596115)
+SIN = (1.5707964, -0.6459635, 0.079680227, -0.0046021771)
+COS = (-1.2337005, 0.25366923, -0.020860288, 0.00090402167)
+LN2 = (0.693359375, -2.1219444e-4)
+"""log 2 in two parts; the first has so few bits that its product with an exponent is exact."""
+
+
 def box_muller(radius: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
-    """Two float32 standard normals from two float32 uniforms in [0, 1), as Triton's ``pair_uniform_to_normal``.
+    """Two float32 standard normals from two float32 uniforms in [0, 1): √(−2 ln r) (cos 2πa, sin 2πa).
+
+    Built of additions, products and one square root, each correctly rounded and none fused, so that every backend
+    gives the same bits; libraries' logarithms, sines and cosines differ in the last ones. The error is below 5e-7.
 
     Source: Box and Muller, "A note on the generation of random normal deviates", 1958. The radius is clipped at 1e-7,
     so no draw exceeds √(−2 ln 1e-7) ≈ 5.68.
     """
-    r = torch.sqrt(-2.0 * torch.log(radius.clamp(min=1e-7)))
-    theta = (2.0 * math.pi) * angle
-    return r * torch.cos(theta), r * torch.sin(theta)
+    # By way of float64, because torch's own float32 root is not correctly rounded where it comes from MKL.
+    r = (-2.0 * _log(radius.clamp(min=1e-7))).double().sqrt().float()
+    turns = 4.0 * angle
+    quarter = torch.floor(turns + 0.5)
+    rest = turns - quarter  # exact, in [−½, ½]
+    square = rest * rest
+    sine, cosine = rest * _polynomial(SIN, square), 1.0 + square * _polynomial(COS, square)
+    quarter = quarter.to(torch.int32)
+    swap = (quarter & 1) == 1
+    across, up = torch.where(swap, sine, cosine), torch.where(swap, cosine, sine)
+    across = torch.where(((quarter + 1) & 2) == 2, -across, across)
+    up = torch.where((quarter & 2) == 2, -up, up)
+    return r * across, r * up
+
+
+def _log(value: Tensor) -> Tensor:
+    """Natural logarithm of normal positive float32: the exponent is split off, the rest is in [√½, √2)."""
+    bits = value.view(torch.int32)
+    exponent = (bits - 0x3F3504F3) >> 23
+    x = (bits - (exponent << 23)).view(torch.float32) - 1.0
+    exponent = exponent.to(torch.float32)
+    square = x * x
+    small = (x * square) * _polynomial(LOG, x) + exponent * LN2[1] - 0.5 * square
+    return small + x + exponent * LN2[0]
+
+
+def _polynomial(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
+    total = coefficients[-1] * x
+    for c in coefficients[-2:0:-1]:
+        total = (total + c) * x
+    return total + coefficients[0]

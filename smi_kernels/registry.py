@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from smi_kernels.errors import InputError, unknown_name
 
 T = TypeVar("T")
+
+Kernel = Any | None
+"""A ``@triton.jit`` function, "module:name" of one, or None. Names, so that nothing imports triton before it is used."""
+
+
+def load_kernel(kernel: Kernel) -> Any:
+    """The ``@triton.jit`` function itself."""
+    if not isinstance(kernel, str):
+        return kernel
+    module, _, name = kernel.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 class Registry(Generic[T]):
