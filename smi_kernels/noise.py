@@ -6,24 +6,40 @@ batch, chunk, tile or launch index enters, so that every backend draws the same 
     word 0   element // elements-per-counter of the family, elements in row-major order
     word 1   tensor: the position of the parameter in ``model.named_parameters()``; 0 for the input
     word 2   draw: k, or k // 2 for antithetic pairs
-    word 3   stream: `PARAMETERS` or `INPUT`
+    word 3   stream: `PARAMETERS` or `INPUT`, and `SIGNS` more for the signs of a flipout family
 
 The key is the 64-bit seed, low word first.
+
+A family whose elements are independent draws one value for each. The others are built of fewer values, which lets one
+matrix product with the unperturbed weights serve all draws. With rows i (the first dimension of a tensor) and columns
+j (all others, flattened), c the index in the second dimension:
+
+    rank1     E[i, j] = a[i] b[j]                 a drawn as elements 0 .. rows, b as those from the next counter on
+    flipout   E[i, j] = B[i, j] s_out[i] s_in[c]  B shared by all draws (draw 0), signs drawn for each
+
+A tensor of one dimension has rows only: rank1 gives a, flipout B s_out.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from smi_kernels import native
+from smi_kernels.errors import InputError
 from smi_kernels.philox import Words, box_muller, philox, uniform
 from smi_kernels.registry import Kernel, Registry
 
-PARAMETERS, INPUT = 0, 1
+PARAMETERS, INPUT, SIGNS = 0, 1, 2
 """Streams: the last word of the counter."""
+
+INDEPENDENT, RANK1, FLIPOUT = "independent", "rank1", "flipout"
+STRUCTURES = (INDEPENDENT, RANK1, FLIPOUT)
+"""How a family's noise is built of random values."""
 
 _CHUNK = 16384  # counters at a time: the integer temporaries then stay in a core's cache
 
@@ -40,11 +56,24 @@ class Family:
             4 elements it maps four uint32 blocks, the words, to a tuple of four float32 blocks; with 128 it maps a
             uint32 block of words and an int32 block of bit positions in [0, 32) to one float32 block, for element
             32·(word's place) + bit. None: the Triton backend does not support the family.
+        structure: ``independent`` elements, or built of fewer values: ``rank1`` or ``flipout``.
+        native: the twin of ``values`` in `smi_kernels.native`, by name, or None.
+
+    Raises:
+        InputError: for another number of elements, or an unknown structure.
     """
 
     elements: int
     values: Callable[[Words], Tensor]
     kernel: Kernel = None
+    structure: str = INDEPENDENT
+    native: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.elements not in (4, 128):
+            raise InputError(f"elements is {self.elements!r}. Allowed: 4, one for each word, or 128, one for each bit.")
+        if self.structure not in STRUCTURES:
+            raise InputError(f"structure is {self.structure!r}. Allowed: {', '.join(STRUCTURES)}.")
 
 
 families: Registry[Family] = Registry("noise family")
@@ -64,8 +93,46 @@ def _rademacher(words: Words) -> Tensor:
     return (1 - 2 * bits).flatten(1).to(torch.float32)
 
 
-families.add("gaussian", Family(elements=4, values=_gaussian, kernel="smi_kernels.triton.noise:gaussian"))
-families.add("rademacher", Family(elements=128, values=_rademacher, kernel="smi_kernels.triton.noise:rademacher"))
+def _gaussian_family(structure: str) -> Family:
+    kernel = "smi_kernels.triton.noise:gaussian"
+    return Family(elements=4, values=_gaussian, kernel=kernel, structure=structure, native="gaussian")
+
+
+for _structure, _name in ((INDEPENDENT, "gaussian"), (RANK1, "rank1"), (FLIPOUT, "flipout")):
+    families.add(_name, _gaussian_family(_structure))
+RADEMACHER = families.add(
+    "rademacher",
+    Family(
+        elements=128, values=_rademacher, kernel="smi_kernels.triton.noise:rademacher", native="rademacher"
+    ),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draw:
+    """Which draw: everything in a counter and its key but the tensor and the element.
+
+    Attributes:
+        seed: in [0, 2⁶⁴).
+        k: index of the draw, from 0.
+        stream: `PARAMETERS` or `INPUT`.
+        antithetic: draws 2j and 2j + 1 are +E and −E.
+    """
+
+    seed: int
+    k: int
+    stream: int
+    antithetic: bool = False
+
+    @property
+    def number(self) -> int:
+        """Word 2 of the counter."""
+        return self.k // 2 if self.antithetic else self.k
+
+    @property
+    def sign(self) -> float:
+        """Factor +1 or −1 of the noise."""
+        return -1.0 if self.antithetic and self.k % 2 else 1.0
 
 
 def draw(
@@ -87,28 +154,83 @@ def draw(
         k: index of the draw, from 0.
         stream: `PARAMETERS` or `INPUT`.
         antithetic: draws 2j and 2j + 1 are +E and −E.
-        device: where to draw. Integers, signs and uniforms are the same everywhere; normals agree to 5e-7.
+        device: where to draw. The bits are the same everywhere.
 
     Returns:
         Tensor id to float32 noise of the tensor's shape, with mean 0 and variance 1.
     """
-    sizes = {tensor: torch.Size(shape).numel() for tensor, shape in shapes.items()}
+    which = Draw(seed=seed, k=k, stream=stream, antithetic=antithetic)
+    device = torch.device(device)
+    if family.structure == INDEPENDENT:
+        sizes = {tensor: math.prod(shape) for tensor, shape in shapes.items()}
+        values = _independent(family, sizes, which, device)
+        return {tensor: values[tensor].reshape(tuple(shape)) for tensor, shape in shapes.items()}
+    noise = {}
+    for tensor, shape in shapes.items():
+        first, *rest = factors(family, shape, tensor, which, device)
+        noise[tensor] = combine(first, rest, shape, base=_base(family, shape, tensor, which, device))
+    return noise
+
+
+def factors(family: Family, shape: Sequence[int], tensor: int, which: Draw, device: torch.device) -> list[Tensor]:
+    """The values that a structured family draws anew: ``[rows]``, and for two dimensions or more a second.
+
+    For ``rank1`` these are a ``[rows]`` and b ``[columns]``; for ``flipout`` the signs s_out ``[rows]`` and s_in
+    ``[shape[1]]``. The sign of an antithetic draw is in the first.
+    """
+    rows = shape[0] if shape else 1
+    if family.structure == RANK1:
+        columns = math.prod(shape[1:]) if len(shape) > 1 else 0
+        source, stream = family, which.stream
+    else:
+        columns = shape[1] if len(shape) > 1 else 0
+        source, stream = RADEMACHER, which.stream + SIGNS
+    start = -(-rows // source.elements) * source.elements
+    plain = Draw(seed=which.seed, k=which.number, stream=stream)
+    values = _independent(source, {tensor: start + columns}, plain, device)[tensor]
+    first = which.sign * values[:rows]
+    return [first, values[start:]] if columns else [first]
+
+
+def base(family: Family, shape: Sequence[int], tensor: int, which: Draw, device: torch.device) -> Tensor:
+    """B of a flipout family, of the tensor's shape; the same for every draw."""
+    zero = Draw(seed=which.seed, k=0, stream=which.stream)
+    return _independent(family, {tensor: math.prod(shape)}, zero, device)[tensor].reshape(tuple(shape))
+
+
+def _base(family: Family, shape: Sequence[int], tensor: int, which: Draw, device: torch.device) -> Tensor | None:
+    return base(family, shape, tensor, which, device) if family.structure == FLIPOUT else None
+
+
+def combine(rows: Tensor, rest: Sequence[Tensor], shape: Sequence[int], *, base: Tensor | None) -> Tensor:
+    """Noise of a tensor's shape from the values of `factors`, and for flipout the `base`."""
+    shape = tuple(shape)
+    if base is None:
+        return (rows[:, None] * rest[0] if rest else rows).reshape(shape)
+    signs = rows.reshape(-1, *[1] * (len(shape) - 1)) if shape else rows.reshape(())
+    if rest:
+        signs = signs * rest[0].reshape(-1, *[1] * (len(shape) - 2))
+    return base * signs
+
+
+def _independent(family: Family, sizes: Mapping[int, int], which: Draw, device: torch.device) -> dict[int, Tensor]:
+    """Elements 0 .. size of several tensors, float32 ``[size]`` each."""
+    if family.native is not None and device.type == "cpu" and native.library() is not None:
+        noise = {tensor: torch.empty(size) for tensor, size in sizes.items()}
+        for tensor, out in noise.items():
+            stream = native.Stream(tensor, which.number, which.stream, which.seed & 0xFFFFFFFF, which.seed >> 32)
+            native.fill(out, family.native, family.elements, 0, stream, which.sign)
+        return noise
     blocks = {tensor: -(-size // family.elements) for tensor, size in sizes.items()}
     index = torch.cat([torch.arange(count, device=device) for count in blocks.values()])
     tensor_id = torch.cat([torch.full((count,), tensor, device=device) for tensor, count in blocks.items()])
-    number = torch.tensor(k // 2 if antithetic else k, device=device)
-    last = torch.tensor(stream, device=device)
-
-    key = (seed & 0xFFFFFFFF, seed >> 32)
+    number = torch.tensor(which.number, device=device)
+    last = torch.tensor(which.stream, device=device)
+    key = (which.seed & 0xFFFFFFFF, which.seed >> 32)
     pieces = [
         family.values(philox((i, t, number, last), key))
         for i, t in zip(index.split(_CHUNK), tensor_id.split(_CHUNK), strict=True)
     ]
-    values = torch.cat(pieces).flatten()
-    if antithetic and k % 2:
-        values = -values
+    values = which.sign * torch.cat(pieces).flatten()
     parts = values.split([count * family.elements for count in blocks.values()])
-    return {
-        tensor: part[: sizes[tensor]].reshape(tuple(shape))
-        for (tensor, shape), part in zip(shapes.items(), parts, strict=True)
-    }
+    return {tensor: part[: sizes[tensor]] for tensor, part in zip(sizes, parts, strict=True)}

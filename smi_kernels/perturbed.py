@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from smi_kernels.errors import InputError, unknown_name
-from smi_kernels.noise import PARAMETERS, Family, draw
+from smi_kernels.noise import FLIPOUT, INDEPENDENT, PARAMETERS, Draw, Family, base, combine, draw, factors
+
+if TYPE_CHECKING:
+    from smi_kernels.request import Request
 
 ParameterFilter = Callable[[str], bool] | Iterable[str] | None
 """Which parameters get noise: all (None), those a function accepts, or names and prefixes such as ``"features.0"``."""
@@ -82,36 +86,95 @@ class PerturbedModel:
         self._ids = {name: i for name, i in chosen.items() if self._std[name] > 0}
         # Buffers are copied: a model that counts its calls in a buffer would write to them even in eval mode.
         buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
-        self.clean = {name: _prepared(t, dtype) for name, t in (own | buffers).items()}
+        self.clean = {
+            name: t.to(dtype).contiguous() if t.is_floating_point() else t for name, t in (own | buffers).items()
+        }
+        self._bases: dict[str, Tensor] = {}
+        names = {id(p): name for name, p in model.named_parameters()}
+        self._shared = {
+            name: names[id(p)] for name, p in model.named_parameters(remove_duplicate=False) if name not in own
+        }
+
+    @classmethod
+    def of(cls, model: nn.Module, request: Request) -> PerturbedModel:
+        """As a request asks for it."""
+        return cls(
+            model,
+            sigma=request.sigma_w,
+            family=request.family,
+            seed=request.seed,
+            antithetic=request.antithetic,
+            parameters=request.parameters,
+            dtype=request.working_dtype,
+        )
 
     @property
     def has_noise(self) -> bool:
         """Whether any parameter gets noise."""
         return bool(self._ids)
 
+    def std(self, name: str) -> float:
+        """Standard deviation of the noise on a parameter, in its own units; 0 if it gets none."""
+        name = self.first_name(name)
+        return self._std[name] if name in self._ids else 0.0
+
+    def tensor_id(self, name: str) -> int:
+        """Word 1 of a parameter's counters."""
+        return self._ids[self.first_name(name)]
+
+    def first_name(self, name: str) -> str:
+        """The name under which a parameter that several modules share is kept; other names as they are."""
+        return self._shared.get(name, name)
+
+    def with_shared(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A state with every name of a parameter that several modules share."""
+        return state | {name: state[first] for name, first in self._shared.items()}
+
+    @property
+    def family(self) -> Family:
+        """The noise family."""
+        return self._family
+
+    def which(self, k: int) -> Draw:
+        """Draw k of the parameters."""
+        return Draw(seed=self._seed, k=k, stream=PARAMETERS, antithetic=self._antithetic)
+
     def state(self, k: int) -> dict[str, Tensor]:
         """Parameters θ + v_k and buffers by name, for ``torch.func.functional_call``."""
-        noisy: dict[str, Tensor] = {}
-        for device in {self.clean[name].device for name in self._ids}:
-            names = {i: name for name, i in self._ids.items() if self.clean[name].device == device}
-            noise = draw(
-                self._family,
-                {i: self.clean[name].shape for i, name in names.items()},
-                seed=self._seed,
-                k=k,
-                stream=PARAMETERS,
-                antithetic=self._antithetic,
-                device=device,
-            )
-            noisy |= {name: self.clean[name] + self._std[name] * noise[i] for i, name in names.items()}
-        return self.clean | noisy
+        return self.clean | {name: self.parameter(name, k) for name in self._ids}
 
+    def parameter(self, name: str, k: int) -> Tensor:
+        """One parameter of draw k."""
+        name = self.first_name(name)
+        if name not in self._ids:
+            return self.clean[name]
+        noise, clean = self._noise(name, k).mul_(self._std[name]), self.clean[name]
+        return noise.add_(clean) if clean.dtype == noise.dtype else clean + noise
 
-def _prepared(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """In the working dtype, and channels_last for a convolution, which hands that layout on: oneDNN prefers it."""
-    if not tensor.is_floating_point():
-        return tensor
-    return tensor.to(dtype, memory_format=torch.channels_last if tensor.ndim == 4 else torch.preserve_format)
+    def _noise(self, name: str, k: int) -> Tensor:
+        """Unit noise of draw k, float32, of the parameter's shape."""
+        clean, tensor = self.clean[name], self._ids[name]
+        if self._family.structure == INDEPENDENT:
+            options = {"seed": self._seed, "k": k, "stream": PARAMETERS, "antithetic": self._antithetic}
+            return draw(self._family, {tensor: clean.shape}, device=clean.device, **options)[tensor]  # type: ignore[arg-type]
+        rows, *rest = self.factors(name, k)
+        return combine(rows, rest, clean.shape, base=self.base(name))
+
+    def factors(self, name: str, k: int) -> list[Tensor]:
+        """Values that a structured family draws for a parameter, see `smi_kernels.noise.factors`."""
+        name = self.first_name(name)
+        clean = self.clean[name]
+        return factors(self._family, clean.shape, self._ids[name], self.which(k), clean.device)
+
+    def base(self, name: str) -> Tensor | None:
+        """B of a flipout family for a parameter, drawn once; None for other families."""
+        if self._family.structure != FLIPOUT:
+            return None
+        name = self.first_name(name)
+        if name not in self._bases:
+            clean = self.clean[name]
+            self._bases[name] = base(self._family, clean.shape, self._ids[name], self.which(0), clean.device)
+        return self._bases[name]
 
 
 def root_mean_square(tensor: Tensor) -> float:

@@ -11,7 +11,7 @@ from smi_kernels.errors import InputError, unknown_name
 T = TypeVar("T")
 
 Kernel = Any | None
-"""A ``@triton.jit`` function, "module:name" of one, or None. Names, so that nothing imports triton before it is used."""
+"""A ``@triton.jit`` function, "module:name" of one, or None. A name, so that triton is not imported before its use."""
 
 
 def load_kernel(kernel: Kernel) -> Any:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from smi_kernels.backends import torch as torch_backend
+from smi_kernels.backends import reference, torch as torch_backend
 from smi_kernels.errors import InputError, unknown_name
 from smi_kernels.registry import Registry
 from smi_kernels.request import Request
@@ -28,7 +28,7 @@ class Backend:
     Attributes:
         scores: model and request to one divergence for each image and draw, ``[N, K]``, in the working dtype.
         supports: whether it can do so, cheaply decided.
-        priority: the highest that supports a request is chosen; the reference has 0.
+        priority: the highest that supports a request is chosen; torch has 0.
     """
 
     scores: Callable[[nn.Module, Request], Tensor]
@@ -39,6 +39,7 @@ class Backend:
 backends: Registry[Backend] = Registry("backend")
 """Backends by name."""
 
+backends.add("reference", Backend(scores=reference.scores, supports=reference.supports, priority=-10))
 backends.add("torch", Backend(scores=torch_backend.scores, supports=torch_backend.supports, priority=0))
 
 

@@ -1,112 +1,197 @@
-"""The reference: a loop over draws of ``torch.func.functional_call``, on any module and any device."""
+"""Scores in torch, on any device: BatchNorm folded, activations fused where oneDNN can, channels_last, bfloat16.
+
+Draws are the outer loop, so that one set of perturbed weights exists at a time, whatever K is.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+import functools
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
-from smi_kernels.noise import INPUT, draw
+from smi_kernels.backends import reference, shared
+from smi_kernels.backends.loop import score_draws
+from smi_kernels.epilogues import epilogues
+from smi_kernels.folding import fold
+from smi_kernels.layers import layers, zero_padding
 from smi_kernels.perturbed import PerturbedModel
+from smi_kernels.plan import Call, Layer, Plan, plan_of
 from smi_kernels.request import Request, check_logits
+from smi_kernels.tracing import NotTraceable
 
 
 def supports(model: nn.Module, request: Request) -> bool:
-    """The reference supports whatever passed the checks."""
+    """Whatever passed the checks: what cannot be planned is left to the reference."""
     return True
 
 
 def scores(model: nn.Module, request: Request) -> Tensor:
-    """Divergence of each image under each draw, ``[N, K]``, float32 or float64; see `smi_kernels.stability_scores`.
-
-    Draws are the outer loop, so that one set of perturbed parameters exists at a time and serves all chunks.
-    """
-    perturbed = PerturbedModel(
-        model,
-        sigma=request.sigma_w,
-        family=request.family,
-        seed=request.seed,
-        antithetic=request.antithetic,
-        parameters=request.parameters,
-        dtype=request.working_dtype,
-    )
-    # One memory layout, whatever the caller's, so that the bits depend on the values alone.
-    images = request.images.to(request.working_dtype).contiguous().split(request.chunk)
-    labels: Iterable[Tensor | None] = [None] * len(images)
-    if request.labels is not None:
-        labels = request.labels.long().split(request.chunk)
-    clean = [_logits(model, perturbed.clean, part, request, perturbed=False) for part in images]
-
-    draws = []
-    for k in range(request.k):
-        # Without any noise the prediction is the clean one to the last bit; a second forward pass would only cost time.
-        noisy = clean
-        if perturbed.has_noise or request.sigma_x > 0:
-            state, delta = perturbed.state(k), _input_noise(request, k)
-            noisy = [_logits(model, state, (x + delta).clamp(0, 1), request, perturbed=True) for x in images]
-        parts = zip(clean, noisy, labels, strict=True)
-        draws.append(torch.cat([request.divergence.compute(p, q, y) for p, q, y in parts]))
-    return torch.stack(draws, dim=1)
+    """Divergence of each image under each draw, ``[N, K]``, float32 or float64; see `smi_kernels.stability_scores`."""
+    plan = plan_or_warn(model, request)
+    if plan is None:
+        return reference.scores(model, request)
+    runner = Runner(model, plan, request)
+    if shared.pays(plan, runner.modules, request):
+        return shared.scores(runner, request)
+    return score_draws(runner, request)
 
 
-def _input_noise(request: Request, k: int) -> Tensor:
-    """σ_x δ_k, ``[C, H, W]`` in pixel units; one δ_k for all images, so that no score depends on its batch."""
-    shape, device = request.images.shape[1:], request.images.device
-    if request.sigma_x == 0:
-        return torch.zeros((), dtype=request.working_dtype, device=device)
-    noise = draw(
-        request.input_family,
-        {0: shape},
-        seed=request.seed,
-        k=k,
-        stream=INPUT,
-        antithetic=request.antithetic,
-        device=device,
-    )[0]
-    return request.sigma_x * noise.to(request.working_dtype)
+def plan_or_warn(model: nn.Module, request: Request) -> Plan | None:
+    """The plan of a model, or None; warns if a part of it is slow."""
+    try:
+        plan = plan_of(model, request.images)
+    except NotTraceable as reason:
+        _warn_once(f"{type(model).__name__} is scored by the slow path, correctly: {reason}.")
+        return None
+    for name in plan.unknown:
+        kind = type(model.get_submodule(name)).__name__
+        _warn_once(
+            f"Layer {name!r} has the type {kind}, which smi_kernels does not know: it is run by the slow path, "
+            "correctly. To teach it the type, see smi_kernels.register_layer."
+        )
+    return plan
 
 
-def _logits(model: nn.Module, state: dict[str, Tensor], images: Tensor, request: Request, *, perturbed: bool) -> Tensor:
-    """Logits ``[n, C]`` in the working dtype."""
-    low = request.dtype == torch.bfloat16
-    images = images.contiguous(memory_format=torch.channels_last)
-    # Also for float32, to leave an autocast region of the caller.
-    ends = _Float32Ends(images.shape[1]) if low else nullcontext()
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=low), ends:
-        logits = functional_call(model, state, (images,))
-    check_logits(logits, request, len(images), perturbed=perturbed)
-    return logits.to(request.working_dtype)
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=5)
 
 
-class _Float32Ends(TorchFunctionMode):
-    """Runs a model's two ends outside autocast: convolutions of the image, and linear layers on features ``[N, F]``.
+Weights = dict[str, tuple[Tensor, Tensor | None]]
+"""Layer name to folded weight and bias, in the format that the layer runs in."""
 
-    Both are a small share of the work and the places where rounding to bfloat16 hurts most. It moves a pixel by a
-    few hundredths of a typical δ, and a logit of size 10 by 0.02, which is more than δ moves those of a stable image.
-    """
 
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self._channels = channels
+class Runner:
+    """A planned model with the weights of any draw; a `Scorer`."""
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if not self._is_end(func, args):
-            return func(*args, **kwargs)
-        with torch.autocast(args[0].device.type, enabled=False):
-            return func(args[0].float(), *args[1:], **kwargs)
+    def __init__(self, model: nn.Module, plan: Plan, request: Request) -> None:
+        self.plan, self.request = plan, request
+        self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.perturbed = PerturbedModel.of(model, request)
 
-    def _is_end(self, func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
-        if not args:
-            return False
-        if func is F.linear:
-            return args[0].ndim == 2
-        return func is F.conv2d and args[0].shape[1] == self._channels
+    @property
+    def has_noise(self) -> bool:
+        """Whether any parameter gets noise."""
+        return self.perturbed.has_noise
+
+    def weights(self, k: int | None) -> tuple[dict[str, Tensor], Weights]:
+        """State by name, and folded weights by layer, of draw k."""
+        state = self.perturbed.with_shared(self.perturbed.clean if k is None else self.perturbed.state(k))
+        folded = {step.output: self._folded(step, state) for step, _ in self.plan.steps if isinstance(step, Layer)}
+        return state, folded
+
+    def layer_dtype(self, layer: Layer) -> torch.dtype:
+        """The format in which a layer multiplies."""
+        return self.request.working_dtype if layer.is_end else self.request.dtype
+
+    def _folded(self, layer: Layer, state: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        weight = state[f"{layer.module}.weight"]
+        scale, bias = fold(layer, self.modules[layer.norm] if layer.norm is not None else None, state)
+        if scale is not None:
+            weight = weight * scale.reshape(-1, *[1] * (weight.ndim - 1))
+        memory = torch.channels_last if weight.ndim == 4 else torch.contiguous_format
+        return weight.to(self.layer_dtype(layer), memory_format=memory), bias
+
+    def logits(self, images: Tensor, weights: tuple[dict[str, Tensor], Weights], *, perturbed: bool) -> Tensor:
+        """Logits ``[n, C]`` in the working dtype."""
+        state, folded = weights
+
+        def layer(step: Layer, x: Tensor, residual: Tensor | None) -> Tensor:
+            return self.run_layer(step, x, residual, *folded[step.output])
+
+        def call(step: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return self.run_call(step, args, kwargs, state)
+
+        images = images.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(images.device.type, enabled=False):
+            logits = self.plan.run(images, layer, call, state.__getitem__)
+        check_logits(logits, self.request, len(images), perturbed=perturbed)
+        return logits.to(self.request.working_dtype)
+
+    def run_layer(
+        self, step: Layer, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        """act(W x + b + residual), in the request's format but for the features of a linear end."""
+        module, epilogue = self.modules[step.module], epilogues[step.epilogue].compute
+        x = x.to(weight.dtype)
+        if isinstance(module, nn.Linear):
+            y = F.linear(x, weight, bias)
+            return epilogue(y if residual is None else y + residual)
+        assert isinstance(module, nn.Conv2d)
+        if residual is not None:
+            residual = residual.to(weight.dtype)
+        if not x.requires_grad and step.epilogue in _ONEDNN and _has_onednn(x.device.type, x.dtype):
+            y = _onednn_conv(module, x, weight, bias, residual, _ONEDNN[step.epilogue])
+        else:
+            bias = bias.to(weight.dtype) if bias is not None else None
+            y = F.conv2d(x, weight, bias, module.stride, module.padding, module.dilation, module.groups)
+            y = epilogue(y if residual is None else y + residual)
+        return y.to(self.request.dtype)
+
+    def run_call(self, step: Call, args: tuple[Any, ...], kwargs: dict[str, Any], state: dict[str, Tensor]) -> Any:
+        """A call as the model makes it; what has parameters is run in the working dtype."""
+        if step.reads_parameters and not self._keeps_format(step):
+            args, kwargs = self._widened(args), self._widened(kwargs)
+        if step.op == "call_method":
+            return getattr(args[0], step.target)(*args[1:], **kwargs)
+        if step.op == "call_function":
+            return step.target(*args, **kwargs)
+        module = self.modules[step.target]
+        if not step.reads_parameters:
+            return module(*args, **kwargs)
+        prefix = f"{step.target}."
+        own = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+        if type(module) in layers:
+            return layers[type(module)](module, own, *args, **kwargs)
+        return functional_call(module, own, args, kwargs)
+
+    def _keeps_format(self, step: Call) -> bool:
+        norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+        return step.op == "call_module" and type(self.modules[step.target]) in norms
+
+    def _widened(self, value: Any) -> Any:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value.to(self.request.working_dtype)
+        if isinstance(value, tuple | list):
+            return type(value)(map(self._widened, value))
+        if isinstance(value, dict):
+            return {key: self._widened(item) for key, item in value.items()}
+        return value
+
+
+_ONEDNN = {"identity": "none", "relu": "relu"}
+"""Epilogues that oneDNN applies within a convolution, by its names."""
+
+
+def _onednn_conv(
+    module: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str
+) -> Tensor:
+    op = torch.ops.mkldnn._convolution_pointwise
+    shape = (zero_padding(module), module.stride, module.dilation, module.groups)
+    if residual is None:
+        return op(x, weight, bias, *shape, activation, [], "")  # type: ignore[no-any-return]
+    unary = None if activation == "none" else activation
+    return op.binary(x, residual, weight, bias, *shape, "add", 1.0, unary, [], "")  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _has_onednn(device: str, dtype: torch.dtype) -> bool:
+    """Whether torch's operator for a convolution with an epilogue is there and right; its name is not public."""
+    if device != "cpu" or dtype not in (torch.float32, torch.bfloat16):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    x, residual, weight = (torch.randn(s, generator=generator) for s in ((2, 3, 5, 5), (2, 4, 5, 5), (4, 3, 3, 3)))
+    layout = {"dtype": dtype, "memory_format": torch.channels_last}
+    x, residual, weight = (t.to(**layout) for t in (x, residual, weight))  # type: ignore[call-overload]
+    module, bias = nn.Conv2d(3, 4, 3, padding=1), torch.randn(4, generator=generator)
+    expected = F.relu(F.conv2d(x.float(), weight.float(), bias, padding=1) + residual.float())
+    try:
+        found = _onednn_conv(module, x, weight, bias, residual, "relu")
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+    return torch.allclose(found.float(), expected, rtol=0.02, atol=0.05)

@@ -101,9 +101,12 @@ void rademacher(float *out, int64_t size, uint32_t first, struct stream s, float
     for (int64_t start = 0; start < size; start += 128 * BLOCK, first += BLOCK) {
         philox(words, first, &s);
         int64_t rest = size - start < 128 * BLOCK ? size - start : 128 * BLOCK;
-        for (int64_t j = 0; j < rest; j++) {
-            uint32_t word = words[(j % 128) / 32][j / 128];
-            out[start + j] = (word >> (j % 32)) & 1 ? -sign : sign;
+        for (int64_t j = 0; j < rest; j += 32) {
+            uint32_t word = words[j % 128 / 32][j / 128];
+            float values[32];
+            for (int bit = 0; bit < 32; bit++)
+                values[bit] = sign * (1.0f - 2.0f * (float)((word >> bit) & 1));
+            memcpy(out + start + j, values, 4 * (rest - j < 32 ? rest - j : 32));
         }
     }
 }

@@ -1,0 +1,125 @@
+"""The loop over draws that the backends in torch share, forward and backward: one set of weights at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from smi_kernels.noise import INPUT, draw
+from smi_kernels.request import Request
+
+
+class Scorer(Protocol):
+    """A model ready to be run with the weights of any draw."""
+
+    def weights(self, k: int | None) -> Any:
+        """Weights of draw k, in whatever form `logits` takes; of the unperturbed model for None."""
+
+    def logits(self, images: Tensor, weights: Any, *, perturbed: bool) -> Tensor:
+        """Logits ``[n, C]`` in the working dtype; differentiable in the images if they require a gradient."""
+
+    @property
+    def has_noise(self) -> bool:
+        """Whether any parameter gets noise."""
+
+
+def score_draws(scorer: Scorer, request: Request) -> Tensor:
+    """Divergence of each image under each draw, ``[N, K]``, in the working dtype.
+
+    The gradient in the images draws the same noise again instead of keeping what the forward pass computed, so that
+    memory does not grow with K.
+    """
+    if request.images.requires_grad and torch.is_grad_enabled():
+        scores: Tensor = _Replay.apply(request.images, scorer, request)
+        return scores
+    with torch.no_grad():
+        return _forward(scorer, request)
+
+
+def _forward(scorer: Scorer, request: Request) -> Tensor:
+    images, labels = _chunks(request.images, request), _labels(request)
+    weights = scorer.weights(None)
+    clean = [scorer.logits(part, weights, perturbed=False) for part in images]
+    draws = []
+    for k in range(request.k):
+        # Without any noise the prediction is the clean one to the last bit; a second forward pass would only cost time.
+        noisy = clean
+        if scorer.has_noise or request.sigma_x > 0:
+            if scorer.has_noise:
+                del weights  # before the next are made, so that one set exists at a time
+                weights = scorer.weights(k)
+            delta = input_noise(request, k)
+            noisy = [scorer.logits(_moved(part, delta), weights, perturbed=True) for part in images]
+        parts = zip(clean, noisy, labels, strict=True)
+        draws.append(torch.cat([request.divergence.compute(p, q, y) for p, q, y in parts]))
+    return torch.stack(draws, dim=1)
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, scorer: Scorer, request: Request) -> Tensor:
+        ctx.scorer, ctx.request = scorer, request
+        return _forward(scorer, request)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, weight: Tensor) -> tuple[Tensor, None, None]:
+        with torch.enable_grad():
+            return _backward(ctx.scorer, ctx.request, weight), None, None
+
+
+def _backward(scorer: Scorer, request: Request, weight: Tensor) -> Tensor:
+    """Gradient of Σ weight · scores in the images; ``weight`` is ``[N, K]``."""
+    images = [part.detach().requires_grad_() for part in _chunks(request.images, request)]
+    labels, rows = _labels(request), weight.split(request.chunk)
+    state = scorer.weights(None)
+    clean = [scorer.logits(x, state, perturbed=False) for x in images]
+    ends = [p.detach().requires_grad_() for p in clean]
+    noise = scorer.has_noise or request.sigma_x > 0
+
+    def accumulate(total: Tensor, leaves: Sequence[Tensor]) -> None:
+        if total.requires_grad:
+            torch.autograd.backward(total, inputs=list(leaves))
+
+    for k in range(request.k):
+        if scorer.has_noise:
+            del state
+            state = scorer.weights(k)
+        delta = input_noise(request, k)
+        for x, p, y, g in zip(images, ends, labels, rows, strict=True):
+            q = scorer.logits(_moved(x, delta), state, perturbed=True) if noise else p
+            accumulate((request.divergence.compute(p, q, y) * g[:, k]).sum(), (x, p))
+    for x, p, end in zip(images, clean, ends, strict=True):
+        if end.grad is not None and p.requires_grad:
+            torch.autograd.backward(p, end.grad, inputs=[x])
+    gradient = [x.grad if x.grad is not None else torch.zeros_like(x) for x in images]
+    return torch.cat(gradient).to(request.images.dtype)
+
+
+def _chunks(images: Tensor, request: Request) -> tuple[Tensor, ...]:
+    # One memory layout, whatever the caller's, so that the bits depend on the values alone.
+    return images.detach().to(request.working_dtype).contiguous().split(request.chunk)
+
+
+def _labels(request: Request) -> Sequence[Tensor | None]:
+    if request.labels is None:
+        return [None] * -(-len(request.images) // request.chunk)
+    return request.labels.long().split(request.chunk)
+
+
+def _moved(images: Tensor, delta: Tensor | None) -> Tensor:
+    return images if delta is None else (images + delta).clamp(0, 1)
+
+
+def input_noise(request: Request, k: int) -> Tensor | None:
+    """σ_x δ_k, ``[C, H, W]`` in pixel units; one δ_k for all images, so that no score depends on its batch."""
+    if request.sigma_x == 0:
+        return None
+    options = {"seed": request.seed, "k": k, "stream": INPUT, "antithetic": request.antithetic}
+    images = request.images
+    noise = draw(request.input_family, {0: images.shape[1:]}, device=images.device, **options)[0]  # type: ignore[arg-type]
+    return request.sigma_x * noise.to(request.working_dtype)

@@ -1,0 +1,74 @@
+"""The reference: ``torch.func.functional_call`` on the model as it is, any module on any device, draw by draw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from smi_kernels.backends.loop import score_draws
+from smi_kernels.perturbed import PerturbedModel
+from smi_kernels.request import Request, check_logits
+
+
+def supports(model: nn.Module, request: Request) -> bool:
+    """The reference supports whatever passed the checks."""
+    return True
+
+
+def scores(model: nn.Module, request: Request) -> Tensor:
+    """Divergence of each image under each draw, ``[N, K]``, float32 or float64; see `smi_kernels.stability_scores`."""
+    return score_draws(_Scorer(model, request), request)
+
+
+class _Scorer:
+    def __init__(self, model: nn.Module, request: Request) -> None:
+        self._model, self._request = model, request
+        self._perturbed = PerturbedModel.of(model, request)
+
+    @property
+    def has_noise(self) -> bool:
+        return self._perturbed.has_noise
+
+    def weights(self, k: int | None) -> dict[str, Tensor]:
+        return self._perturbed.clean if k is None else self._perturbed.state(k)
+
+    def logits(self, images: Tensor, weights: dict[str, Tensor], *, perturbed: bool) -> Tensor:
+        low = self._request.dtype in (torch.bfloat16, torch.float16)
+        # Also for float32, to leave an autocast region of the caller.
+        ends = _Float32Ends(images.shape[1]) if low else nullcontext()
+        kind = self._request.dtype if low else torch.bfloat16
+        with torch.autocast(images.device.type, kind, enabled=low), ends:
+            logits = functional_call(self._model, weights, (images,))
+        check_logits(logits, self._request, len(images), perturbed=perturbed)
+        return logits.to(self._request.working_dtype)
+
+
+class _Float32Ends(TorchFunctionMode):
+    """Runs a model's two ends outside autocast, see `smi_kernels.plan.Layer`."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self._channels = channels
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not self._is_end(func, args):
+            return func(*args, **kwargs)
+        with torch.autocast(args[0].device.type, enabled=False):
+            return func(args[0].float(), *args[1:], **kwargs)
+
+    def _is_end(self, func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
+        if not args:
+            return False
+        if func is F.linear:
+            return args[0].ndim == 2
+        return func is F.conv2d and args[0].shape[1] == self._channels

@@ -1,0 +1,269 @@
+"""What is shipped: every Triton kernel as its launchers launch it, with what it may cost.
+
+`python -m smi_kernels.aot` compiles all of it without a GPU. Launchers are called with tensors that have no data, and
+what they hand to Triton is recorded, so that tiles, warps and specializations here cannot differ from the real ones.
+
+Shapes stand for all that reach the same code: those of the layers of a ResNet on 32×32 images, and odd ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from smi_kernels.registry import Kernel, load_kernel
+
+BF16, FP32 = torch.bfloat16, torch.float32
+_WITH_BF16 = (80, 86, 89, 90)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expects:
+    """What a compiled kernel may cost. Breaking one of these breaks the build.
+
+    Attributes:
+        spill_bytes: most bytes that ptxas may spill, stores and loads together.
+        stack_bytes: most bytes of stack, for a thread.
+        max_registers: most registers, for a thread. 255 is what the hardware has.
+        cp_async: True: global memory must be read asynchronously, or pipelining has silently stopped. False: it must
+            not be. None: not checked, nor is it below sm_80, which lacks it.
+    """
+
+    spill_bytes: int = 0
+    stack_bytes: int = 0
+    max_registers: int = 255
+    cp_async: bool | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One kernel in one configuration.
+
+    Attributes:
+        kernel: a ``@triton.jit`` function or "module:name" of one.
+        name: which configuration; with the kernel's name it is unique.
+        signature: type of each argument that is not a constant, as Triton writes it: ``*fp32``, ``i32``, ``fp32``.
+        constants: values of the others: tile sizes, jitted functions, None for an absent pointer, 1 for a size that is
+            1 (Triton then makes it a constant by itself).
+        aligned: arguments that are multiples of 16: pointers, strides, sizes. Without them no load is wide and nothing
+            is asynchronous.
+        fp_fusion: whether a multiplication and an addition may become one operation, rounded once. None: the launcher
+            leaves it to Triton, whose default depends on its version; the gate does not let that pass.
+        archs: compute capabilities on which it is launched; None for all.
+    """
+
+    kernel: Kernel
+    name: str
+    signature: Mapping[str, str]
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    aligned: frozenset[str] = frozenset()
+    num_warps: int
+    num_stages: int
+    fp_fusion: bool | None
+    archs: tuple[int, ...] | None = None
+    expects: Expects = Expects()
+
+    @property
+    def kernel_name(self) -> str:
+        """The file and the function, such as ``score_logits._score_logits``."""
+        fn = load_kernel(self.kernel)
+        return f"{fn.__module__.rpartition('.')[2]}.{fn.__name__}"
+
+
+class _NoDriver:
+    """Answers Triton's questions about the current GPU. Its device is nobody else's, and so are its cached kernels."""
+
+    def get_current_device(self) -> str:
+        return "ahead of time"
+
+    def get_current_stream(self, device: object) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 80, 32)  # any: what is recorded is the same for all
+
+
+def recorded(
+    name: str, call: Callable[[], object], *, expects: Expects, archs: tuple[int, ...] | None = None
+) -> list[Variant]:
+    """The kernels that a call launches on tensors made by `empty`, as variants of this name. Nothing runs."""
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    found: list[Variant] = []
+    launch = JITFunction.run
+    given: dict[str, Any] = {}
+
+    def run(self: Any, *arguments: Any, **options: Any) -> Any:
+        given.clear()
+        given.update(options)
+        return launch(self, *arguments, **options)
+
+    def record(
+        self: Any, key: str, signature: dict[str, str], device: str, constants: Any, options: Any, attrs: Any, _: bool
+    ) -> None:
+        names = self.arg_names
+        found.append(
+            Variant(
+                kernel=self, name=name, expects=expects, archs=archs,
+                signature={argument: kind for argument, kind in signature.items() if kind != "constexpr"},
+                constants={names[place]: value for (place,), value in constants.items()},
+                aligned=frozenset(names[place] for (place,), value in attrs.items() if value),
+                num_warps=options.num_warps, num_stages=options.num_stages, fp_fusion=given.get("enable_fp_fusion"),
+            )
+        )  # fmt: skip
+
+    with (
+        FakeTensorMode(),
+        mock.patch.object(FakeTensor, "data_ptr", lambda self: self.storage_offset() * self.itemsize),
+        mock.patch.object(JITFunction, "run", run),
+        mock.patch.object(JITFunction, "_do_compile", record),  # returns None: Triton then launches nothing
+        mock.patch.object(driver, "_active", _NoDriver()),
+        mock.patch("torch.cuda.device", lambda device: contextlib.nullcontext()),
+    ):
+        call()
+    return found
+
+
+def empty(*shape: int, dtype: torch.dtype = FP32, channels_last: bool = False) -> Tensor:
+    """A CUDA tensor without data, inside the call of `recorded`."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype, device="cuda", memory_format=layout)
+
+
+def variants() -> Iterator[Variant]:
+    """Everything that is shipped."""
+    yield from _unit_noise()
+    yield from _perturb_weight()
+    yield from _perturb_input()
+    yield from _score_logits()
+    yield from _pack_signs()
+    yield from _perturbed_conv()
+
+
+_DRAWS: dict[str, Any] = {"first": 0, "draws": 4, "seed": 1}
+
+
+def _unit_noise() -> Iterator[Variant]:
+    from smi_kernels.noise import INPUT, families
+    from smi_kernels.triton.unit_noise import unit_noise
+
+    def call(family: str, antithetic: bool) -> None:
+        index = empty(1000, dtype=torch.int64)
+        unit_noise(index, index, family=families[family], stream=INPUT, antithetic=antithetic, **_DRAWS)
+
+    for family in ("gaussian", "rademacher"):
+        for pairs in (False, True):
+            name = f"{family}{_pairs(pairs)}"
+            yield from recorded(name, partial(call, family, pairs), expects=Expects(max_registers=64))
+
+
+def _perturb_weight() -> Iterator[Variant]:
+    from smi_kernels.noise import families
+    from smi_kernels.triton.perturb_weight import perturb_weight
+
+    def call(family: str, dtype: torch.dtype, shape: tuple[int, int, int], antithetic: bool) -> None:
+        rows, channels, taps = shape
+        structure = families[family].structure
+        columns = {"rank1": channels * taps, "flipout": channels}.get(structure)
+        perturb_weight(
+            empty(*shape), empty(4, rows, taps, channels, dtype=dtype), std=0.1, scale=empty(4, rows), tensor=3,
+            family=families[family], structure=structure, antithetic=antithetic,
+            factors=None if columns is None else (empty(4, rows), empty(4, columns)), **_DRAWS,
+        )  # fmt: skip
+
+    layer, head, stem = (128, 64, 9), (10, 512, 1), (64, 3, 9)
+    cases = [(family, BF16, layer, False) for family in ("gaussian", "rademacher", "rank1", "flipout")]
+    for family in ("gaussian", "rademacher"):
+        cases += [(family, BF16, layer, True), (family, FP32, layer, False), (family, BF16, head, False)]
+    cases.append(("rademacher", BF16, stem, False))
+    for family, dtype, shape, pairs in cases:
+        name = f"{family} {_short(dtype)} {_sizes(*shape)}{_pairs(pairs)}"
+        yield from recorded(name, partial(call, family, dtype, shape, pairs), expects=Expects(max_registers=128))
+
+
+def _perturb_input() -> Iterator[Variant]:
+    from smi_kernels.noise import families
+    from smi_kernels.triton.perturb_input import perturb_input
+
+    def call(family: str, dtype: torch.dtype, channels: int, size: int, antithetic: bool) -> None:
+        images = empty(64, channels, size, size)
+        perturb_input(images, sigma=0.1, family=families[family], antithetic=antithetic, dtype=dtype, **_DRAWS)
+
+    for family in ("gaussian", "rademacher"):
+        for dtype, channels, size, pairs in ((BF16, 3, 32, False), (BF16, 3, 32, True), (FP32, 1, 28, False)):
+            name = f"{family} {_short(dtype)} {_sizes(channels, size, size)}{_pairs(pairs)}"
+            how = partial(call, family, dtype, channels, size, pairs)
+            yield from recorded(name, how, expects=Expects(max_registers=128))
+
+
+def _score_logits() -> Iterator[Variant]:
+    from smi_kernels.divergences import divergences
+    from smi_kernels.triton.score_logits import score_logits
+
+    def call(divergence: str, reduce: str, classes: int) -> None:
+        labels = empty(256, dtype=torch.int64) if divergences[divergence].needs_labels else None
+        clean, perturbed = empty(256, classes), empty(16, 256, classes)
+        score_logits(clean, perturbed, labels, divergence=divergences[divergence], reduce=reduce)
+
+    cases = [(divergence, "mean", 10) for divergence in ("kl", "cross_entropy", "total_variation", "margin", "flip")]
+    cases += [("kl", "max", 10), ("kl", "none", 10), ("kl", "mean", 1000)]
+    for divergence, reduce, classes in cases:
+        name = f"{divergence} {reduce} {classes} classes"
+        yield from recorded(name, partial(call, divergence, reduce, classes), expects=Expects(max_registers=128))
+
+
+def _pack_signs() -> Iterator[Variant]:
+    from smi_kernels.triton.pack_signs import pack_signs
+
+    for pairs in (False, True):
+        call = partial(pack_signs, 128, 64, 9, tensor=3, antithetic=pairs, device="cuda", **_DRAWS)
+        yield from recorded(f"128x64x9{_pairs(pairs)}", call, expects=Expects(max_registers=64))
+
+
+def _perturbed_conv() -> Iterator[Variant]:
+    from smi_kernels.triton.epilogues import relu
+    from smi_kernels.triton.perturbed_conv import perturbed_conv, perturbed_conv_signs
+
+    def call(packed: bool, dtype: torch.dtype, size: int, channels: int, outputs: int, stride: int) -> None:
+        images = empty(4 * 64, channels, size, size, dtype=dtype, channels_last=True)
+        residual = empty(4 * 64, outputs, size // stride, size // stride, dtype=dtype, channels_last=True)
+        scale, bias = empty(4, outputs), empty(4, outputs)
+        how: dict[str, Any] = {"draws": 4, "kernel_size": 3, "stride": stride, "padding": 1, "epilogue": relu}
+        if packed:
+            theta = empty(outputs, 9, channels, dtype=dtype)
+            signs = empty(4, outputs, 9, -(-channels // 32), dtype=torch.int32)
+            perturbed_conv_signs(images, theta, signs, scale, bias, residual, std=0.1, **how)
+        else:
+            perturbed_conv(images, empty(4, outputs, 9, channels, dtype=dtype), bias, residual, **how)
+
+    layer, narrow, deep, stem, few = (32, 64, 128, 2), (32, 64, 64, 1), (4, 512, 512, 1), (32, 3, 64, 1), (8, 64, 16, 1)
+    for dtype, shapes in ((BF16, (layer, narrow, deep, stem, few)), (FP32, (narrow, stem, few))):
+        for shape in shapes:
+            for packed in (False, True):
+                name = f"{'signs' if packed else 'dense'} {_short(dtype)} {_sizes(*shape)}"
+                expects = Expects(cp_async=True if shape[1] >= 32 else None, max_registers=224)
+                archs = _WITH_BF16 if dtype == BF16 else None
+                yield from recorded(name, partial(call, packed, dtype, *shape), expects=expects, archs=archs)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return {BF16: "bf16", FP32: "fp32"}[dtype]
+
+
+def _sizes(*sizes: int) -> str:
+    return "x".join(map(str, sizes))
+
+
+def _pairs(antithetic: bool) -> str:
+    return " antithetic" if antithetic else ""
