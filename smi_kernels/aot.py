@@ -25,7 +25,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,19 +56,24 @@ class Task:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
-    """What the compiled kernel costs, and where that breaks the manifest. None: it did not compile."""
+class Resources:
+    """What a compiled kernel costs: registers and bytes of stack and spills for a thread, shared memory for a block."""
 
-    kernel: str
-    variant: str
-    arch: int
-    registers: int | None = None
-    shared_bytes: int | None = None
-    stack_bytes: int | None = None
-    spill_bytes: int | None = None
-    cp_async: bool | None = None
-    seconds: float | None = None
-    breaches: tuple[str, ...] = ()
+    registers: int
+    shared_bytes: int
+    stack_bytes: int
+    spill_bytes: int
+    cp_async: bool
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One row of the table: what was compiled, its resources if it did compile, and how that breaks the manifest."""
+
+    task: Task
+    resources: Resources | None
+    breaches: tuple[str, ...]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -110,7 +115,8 @@ def _gate(options: argparse.Namespace) -> int:
     broken = [result for result in results if result.breaches]
     print(f"\n{len(results)} compiled in {time.perf_counter() - start:.0f} s, {len(broken)} broke the manifest.")
     for result in broken:
-        print(f"  {result.kernel} ({result.variant}) on sm_{result.arch}: {'; '.join(result.breaches)}")
+        task = result.task
+        print(f"  {task.kernel} ({task.variant}) on sm_{task.arch}: {'; '.join(result.breaches)}")
     return 1 if broken else 0
 
 
@@ -220,25 +226,23 @@ def measure(task: Task) -> Measured:
             compiled = _compile(variant, task.arch)
     except Exception as error:  # whatever a compiler raises is a breach of this kernel, and the others go on
         return _failed(task, f"{type(error).__name__}: {error}")
-    registers, stack = _resources(compiled.asm["cubin"])
-    result = Measured(
-        kernel=task.kernel,
-        variant=task.variant,
-        arch=task.arch,
+    seconds = time.perf_counter() - start
+    registers, stack = _usage(compiled.asm["cubin"])
+    resources = Resources(
         registers=registers,
         shared_bytes=compiled.metadata.shared,
         stack_bytes=stack,
         spill_bytes=_spills(log.getvalue()),
         cp_async=_ASYNC_COPY.search(compiled.asm["ptx"]) is not None,
-        seconds=round(time.perf_counter() - start, 3),
+        seconds=round(seconds, 2),
     )
-    return replace(result, breaches=tuple(_breaches(result, variant)))
+    return Measured(task=task, resources=resources, breaches=tuple(_breaches(resources, variant, task.arch)))
 
 
 def _failed(task: Task, reason: str) -> Measured:
     words = " ".join(reason.split())
     short = words if len(words) <= 300 else f"{words[:300]}…"
-    return Measured(kernel=task.kernel, variant=task.variant, arch=task.arch, breaches=(f"does not compile: {short}",))
+    return Measured(task=task, resources=None, breaches=(f"does not compile: {short}",))
 
 
 def _compile(variant: Variant, arch: int) -> Any:
@@ -262,7 +266,7 @@ def _compile(variant: Variant, arch: int) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
+def _usage(cubin: bytes) -> tuple[int, int]:
     """Registers and bytes of stack of a thread, as the cubin says."""
     from triton import knobs
 
@@ -282,30 +286,29 @@ def _spills(log: str) -> int:
     return sum(map(int, found))
 
 
-def _breaches(result: Measured, variant: Variant) -> Iterator[str]:
-    expects = variant.expects
-    assert result.registers is not None and result.shared_bytes is not None
-    assert result.stack_bytes is not None and result.spill_bytes is not None
-    available = SHARED_MEMORY[result.arch] * 1024
+def _breaches(resources: Resources, variant: Variant, arch: int) -> Iterator[str]:
+    expects, available = variant.expects, SHARED_MEMORY[arch] * 1024
     if variant.fp_fusion is None:
         yield "the launcher does not set enable_fp_fusion, whose default depends on the version of Triton"
-    if result.spill_bytes > expects.spill_bytes:
-        yield f"spills {result.spill_bytes} bytes, at most {expects.spill_bytes} expected"
-    if result.stack_bytes > expects.stack_bytes:
-        yield f"{result.stack_bytes} bytes of stack, at most {expects.stack_bytes} expected"
-    if result.registers > expects.max_registers:
-        yield f"{result.registers} registers, at most {expects.max_registers} expected"
-    if result.shared_bytes > available:
-        yield f"{result.shared_bytes} bytes of shared memory, and sm_{result.arch} has {available}"
-    if expects.cp_async is not None and result.arch >= 80 and result.cp_async is not expects.cp_async:
+    if resources.spill_bytes > expects.spill_bytes:
+        yield f"spills {resources.spill_bytes} bytes, at most {expects.spill_bytes} expected"
+    if resources.stack_bytes > expects.stack_bytes:
+        yield f"{resources.stack_bytes} bytes of stack, at most {expects.stack_bytes} expected"
+    if resources.registers > expects.max_registers:
+        yield f"{resources.registers} registers, at most {expects.max_registers} expected"
+    if resources.shared_bytes > available:
+        yield f"{resources.shared_bytes} bytes of shared memory, and sm_{arch} has {available}"
+    if expects.cp_async is not None and arch >= 80 and resources.cp_async is not expects.cp_async:
         yield "cp.async is missing" if expects.cp_async else "cp.async is there and was not expected"
 
 
 def _line(widths: Sequence[int], result: Measured) -> str:
-    numbers = (result.registers, result.shared_bytes, result.stack_bytes, result.spill_bytes)
-    cells = ["-" if number is None else str(number) for number in numbers]
-    cp_async = {None: "-", True: "yes", False: "no"}[result.cp_async]
-    line = _row(widths, result.kernel, result.variant, f"sm_{result.arch}", *cells, cp_async)
+    task, cost = result.task, result.resources
+    cells = ["-"] * 5
+    if cost is not None:
+        numbers = (cost.registers, cost.shared_bytes, cost.stack_bytes, cost.spill_bytes)
+        cells = [*map(str, numbers), "yes" if cost.cp_async else "no"]
+    line = _row(widths, task.kernel, task.variant, f"sm_{task.arch}", *cells)
     return f"{line}  BROKEN" if result.breaches else line
 
 

@@ -9,6 +9,7 @@ Shapes stand for all that reach the same code: those of the layers of a ResNet o
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,7 +22,7 @@ from torch import Tensor
 from smi_kernels.registry import Kernel, load_kernel
 
 BF16, FP32 = torch.bfloat16, torch.float32
-_WITH_BF16 = (80, 86, 89, 90)
+_ARCHS = {BF16: (80, 86, 89, 90), FP32: None}  # before sm_80 there is no bfloat16, and scores choose float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,7 @@ class Variant:
             is asynchronous.
         fp_fusion: whether a multiplication and an addition may become one operation, rounded once. None: the launcher
             leaves it to Triton, whose default depends on its version; the gate does not let that pass.
-        archs: compute capabilities on which it is launched; None for all.
+        archs: compute capabilities for which it is compiled; None for all.
     """
 
     kernel: Kernel
@@ -129,7 +130,7 @@ def recorded(
         mock.patch.object(JITFunction, "run", run),
         mock.patch.object(JITFunction, "_do_compile", record),  # returns None: Triton then launches nothing
         mock.patch.object(driver, "_active", _NoDriver()),
-        mock.patch("torch.cuda.device", lambda device: contextlib.nullcontext()),
+        mock.patch("torch.cuda.device", return_value=contextlib.nullcontext()),
     ):
         call()
     return found
@@ -142,13 +143,14 @@ def empty(*shape: int, dtype: torch.dtype = FP32, channels_last: bool = False) -
 
 
 def variants() -> Iterator[Variant]:
-    """Everything that is shipped."""
+    """Everything that is shipped. Each value of each choice is there once or more, not each combination."""
     yield from _unit_noise()
     yield from _perturb_weight()
     yield from _perturb_input()
     yield from _score_logits()
     yield from _pack_signs()
     yield from _perturbed_conv()
+    yield from _perturbed_linear()
 
 
 _DRAWS: dict[str, Any] = {"first": 0, "draws": 4, "seed": 1}
@@ -162,10 +164,8 @@ def _unit_noise() -> Iterator[Variant]:
         index = empty(1000, dtype=torch.int64)
         unit_noise(index, index, family=families[family], stream=INPUT, antithetic=antithetic, **_DRAWS)
 
-    for family in ("gaussian", "rademacher"):
-        for pairs in (False, True):
-            name = f"{family}{_pairs(pairs)}"
-            yield from recorded(name, partial(call, family, pairs), expects=Expects(max_registers=64))
+    for family, pairs in (("gaussian", False), ("gaussian", True), ("rademacher", False)):
+        yield from recorded(f"{family}{_pairs(pairs)}", partial(call, family, pairs), expects=Expects(max_registers=64))
 
 
 def _perturb_weight() -> Iterator[Variant]:
@@ -185,11 +185,12 @@ def _perturb_weight() -> Iterator[Variant]:
     layer, head, stem = (128, 64, 9), (10, 512, 1), (64, 3, 9)
     cases = [(family, BF16, layer, False) for family in ("gaussian", "rademacher", "rank1", "flipout")]
     for family in ("gaussian", "rademacher"):
-        cases += [(family, BF16, layer, True), (family, FP32, layer, False), (family, BF16, head, False)]
+        cases += [(family, FP32, layer, True), (family, BF16, head, False)]
     cases.append(("rademacher", BF16, stem, False))
     for family, dtype, shape, pairs in cases:
-        name = f"{family} {_short(dtype)} {_sizes(*shape)}{_pairs(pairs)}"
-        yield from recorded(name, partial(call, family, dtype, shape, pairs), expects=Expects(max_registers=128))
+        name = f"{family} {_NAMES[dtype]} {_sizes(*shape)}{_pairs(pairs)}"
+        how = partial(call, family, dtype, shape, pairs)
+        yield from recorded(name, how, expects=Expects(max_registers=128), archs=_ARCHS[dtype])
 
 
 def _perturb_input() -> Iterator[Variant]:
@@ -201,10 +202,10 @@ def _perturb_input() -> Iterator[Variant]:
         perturb_input(images, sigma=0.1, family=families[family], antithetic=antithetic, dtype=dtype, **_DRAWS)
 
     for family in ("gaussian", "rademacher"):
-        for dtype, channels, size, pairs in ((BF16, 3, 32, False), (BF16, 3, 32, True), (FP32, 1, 28, False)):
-            name = f"{family} {_short(dtype)} {_sizes(channels, size, size)}{_pairs(pairs)}"
+        for dtype, channels, size, pairs in ((BF16, 3, 32, False), (FP32, 1, 28, True)):
+            name = f"{family} {_NAMES[dtype]} {_sizes(channels, size, size)}{_pairs(pairs)}"
             how = partial(call, family, dtype, channels, size, pairs)
-            yield from recorded(name, how, expects=Expects(max_registers=128))
+            yield from recorded(name, how, expects=Expects(max_registers=128), archs=_ARCHS[dtype])
 
 
 def _score_logits() -> Iterator[Variant]:
@@ -216,8 +217,8 @@ def _score_logits() -> Iterator[Variant]:
         clean, perturbed = empty(256, classes), empty(16, 256, classes)
         score_logits(clean, perturbed, labels, divergence=divergences[divergence], reduce=reduce)
 
-    cases = [(divergence, "mean", 10) for divergence in ("kl", "cross_entropy", "total_variation", "margin", "flip")]
-    cases += [("kl", "max", 10), ("kl", "none", 10), ("kl", "mean", 1000)]
+    cases = [("kl", "mean", 10), ("kl", "mean", 1000), ("cross_entropy", "none", 10)]
+    cases += [("total_variation", "max", 10), ("margin", "mean", 10), ("flip", "mean", 10)]
     for divergence, reduce, classes in cases:
         name = f"{divergence} {reduce} {classes} classes"
         yield from recorded(name, partial(call, divergence, reduce, classes), expects=Expects(max_registers=128))
@@ -235,30 +236,62 @@ def _perturbed_conv() -> Iterator[Variant]:
     from smi_kernels.triton.epilogues import relu
     from smi_kernels.triton.perturbed_conv import perturbed_conv, perturbed_conv_signs
 
-    def call(packed: bool, dtype: torch.dtype, size: int, channels: int, outputs: int, stride: int) -> None:
+    def call(signs: bool, dtype: torch.dtype, size: int, channels: int, outputs: int, stride: int) -> None:
         images = empty(4 * 64, channels, size, size, dtype=dtype, channels_last=True)
         residual = empty(4 * 64, outputs, size // stride, size // stride, dtype=dtype, channels_last=True)
         scale, bias = empty(4, outputs), empty(4, outputs)
         how: dict[str, Any] = {"draws": 4, "kernel_size": 3, "stride": stride, "padding": 1, "epilogue": relu}
-        if packed:
+        if signs:
             theta = empty(outputs, 9, channels, dtype=dtype)
-            signs = empty(4, outputs, 9, -(-channels // 32), dtype=torch.int32)
-            perturbed_conv_signs(images, theta, signs, scale, bias, residual, std=0.1, **how)
+            packed = empty(4, outputs, 9, -(-channels // 32), dtype=torch.int32)
+            perturbed_conv_signs(images, theta, packed, scale, bias, residual, std=0.1, **how)
         else:
             perturbed_conv(images, empty(4, outputs, 9, channels, dtype=dtype), bias, residual, **how)
 
+    # Image size, channels in and out, stride: one for each tile of each table, and the first layer.
     layer, narrow, deep, stem, few = (32, 64, 128, 2), (32, 64, 64, 1), (4, 512, 512, 1), (32, 3, 64, 1), (8, 64, 16, 1)
     for dtype, shapes in ((BF16, (layer, narrow, deep, stem, few)), (FP32, (narrow, stem, few))):
-        for shape in shapes:
-            for packed in (False, True):
-                name = f"{'signs' if packed else 'dense'} {_short(dtype)} {_sizes(*shape)}"
-                expects = Expects(cp_async=True if shape[1] >= 32 else None, max_registers=224)
-                archs = _WITH_BF16 if dtype == BF16 else None
-                yield from recorded(name, partial(call, packed, dtype, *shape), expects=expects, archs=archs)
+        for shape, signs in itertools.product(shapes, (False, True)):
+            name = f"{'signs' if signs else 'dense'} {_NAMES[dtype]} {_sizes(*shape)}"
+            expects = Expects(cp_async=None if shape is stem else True, max_registers=224)
+            yield from recorded(name, partial(call, signs, dtype, *shape), expects=expects, archs=_ARCHS[dtype])
 
 
-def _short(dtype: torch.dtype) -> str:
-    return {BF16: "bf16", FP32: "fp32"}[dtype]
+def _perturbed_linear() -> Iterator[Variant]:
+    from smi_kernels.epilogues import epilogues
+    from smi_kernels.triton.perturbed_linear import perturbed_linear, perturbed_linear_signs
+
+    def call(signs: bool, dtype: torch.dtype, rows: int, outputs: int, features: int, epilogue: str) -> None:
+        x = empty(4 * rows, features, dtype=dtype)
+        how: dict[str, Any] = {"epilogue": load_kernel(epilogues[epilogue].kernel)}
+        if epilogue == "identity":
+            how["out_dtype"] = FP32  # logits
+        if signs:
+            where = {"std": 0.1, "tensor": 3, "antithetic": True, **_DRAWS}
+            theta = empty(outputs, features, dtype=dtype)
+            perturbed_linear_signs(x, theta, empty(4, outputs), empty(4, outputs), **where, **how)
+        else:
+            perturbed_linear(x, empty(4, outputs, features, dtype=dtype), empty(4, outputs), draws=4, **how)
+
+    # Rows, outputs, features: one for each tile of each table. 300 features: rows that begin inside a counter.
+    cases = [
+        (False, BF16, 1024, 512, 512, "relu"), (False, BF16, 256, 128, 512, "silu"),
+        (False, BF16, 256, 10, 512, "identity"), (False, BF16, 16, 512, 512, "gelu"),
+        (False, FP32, 256, 128, 512, "relu6"), (False, FP32, 16, 10, 512, "identity"),
+        (True, BF16, 256, 128, 512, "relu"), (True, BF16, 256, 10, 512, "identity"),
+        (True, BF16, 16, 512, 512, "relu"), (True, BF16, 256, 128, 300, "relu"), (True, FP32, 256, 10, 512, "identity"),
+    ]  # fmt: skip
+    for signs, dtype, rows, outputs, features, epilogue in cases:
+        name = f"{'signs' if signs else 'dense'} {_NAMES[dtype]} {_sizes(rows, outputs, features)} {epilogue}"
+        yield from recorded(
+            name,
+            partial(call, signs, dtype, rows, outputs, features, epilogue),
+            expects=Expects(cp_async=True, max_registers=224),
+            archs=_ARCHS[dtype],
+        )
+
+
+_NAMES = {BF16: "bf16", FP32: "fp32"}
 
 
 def _sizes(*sizes: int) -> str:

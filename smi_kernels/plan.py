@@ -9,7 +9,7 @@ perturbs all four of θ = (W, b, γ, β) as they are and folds afterwards; the r
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -85,50 +85,55 @@ class Plan:
         steps: in order, each with the names of the values that are not needed after it.
         output: name of the logits, ``[N, C]`` if the model is a classifier.
         unknown: names of layers whose type is not registered.
+        largest: elements of the largest value, for one image.
     """
 
     image: str
     steps: tuple[tuple[Layer | Call, tuple[str, ...]], ...]
     output: str
     unknown: tuple[str, ...]
+    largest: int
 
     def run(
         self,
         images: Tensor,
         layer: Callable[[Layer, Tensor, Tensor | None], Tensor],
-        call: Callable[[Call, tuple[Any, ...], dict[str, Any]], Any],
-        state: Callable[[str], Tensor],
+        call: Callable[[Call, Mapping[str, Any]], Any],
     ) -> Any:
         """Walk the steps and return the output; values are freed when they are not needed any more.
 
         Args:
             images: the input.
             layer: runs a layer on its source and residual.
-            call: runs a call on its arguments.
-            state: parameter or buffer of a name, as arguments of calls.
+            call: runs a call, given the values by name; see `arguments`.
         """
         values: dict[str, Any] = {self.image: images}
-
-        def fill(argument: Any) -> Any:
-            if isinstance(argument, Value):
-                return state(argument.name) if argument.is_state else values[argument.name]
-            if isinstance(argument, tuple | list):
-                return type(argument)(map(fill, argument))
-            if isinstance(argument, dict):
-                return {key: fill(value) for key, value in argument.items()}
-            if isinstance(argument, slice):
-                return slice(fill(argument.start), fill(argument.stop), fill(argument.step))
-            return argument
-
         for step, dead in self.steps:
             if isinstance(step, Layer):
                 residual = values[step.residual] if step.residual is not None else None
                 values[step.output] = layer(step, values[step.source], residual)
             else:
-                values[step.output] = call(step, fill(step.args), fill(step.kwargs))
+                values[step.output] = call(step, values)
             for name in dead:
                 del values[name]
         return values[self.output]
+
+
+def arguments(step: Call, values: Mapping[str, Any], state: Mapping[str, Tensor]) -> tuple[Any, Any]:
+    """Arguments of a call, positional and by name, with what each `Value` stands for."""
+
+    def fill(argument: Any) -> Any:
+        if isinstance(argument, Value):
+            return (state if argument.is_state else values)[argument.name]
+        if isinstance(argument, tuple | list):
+            return type(argument)(map(fill, argument))
+        if isinstance(argument, dict):
+            return {key: fill(value) for key, value in argument.items()}
+        if isinstance(argument, slice):
+            return slice(fill(argument.start), fill(argument.stop), fill(argument.step))
+        return argument
+
+    return fill(step.args), fill(step.kwargs)
 
 
 _plans: WeakKeyDictionary[nn.Module, tuple[Any, Plan | str]] = WeakKeyDictionary()
@@ -195,7 +200,14 @@ class _Builder:
         steps = [self._step(n) for n in self._nodes if n.op.startswith("call_") and n not in self._fused]
         result = output.args[0].name
         unknown = tuple(n.target for n in self._nodes if n.op == "call_module" and self._is_unknown(n.target))
-        return Plan(image=inputs[0].name, steps=tuple(_with_dead(steps, result)), output=result, unknown=unknown)
+        sizes = [v.numel() for n in self._nodes if isinstance(v := n.meta.get("value"), Tensor) and n.op != "get_attr"]
+        return Plan(
+            image=inputs[0].name,
+            steps=tuple(_with_dead(steps, result)),
+            output=result,
+            unknown=unknown,
+            largest=max(sizes) // len(inputs[0].meta["value"]),
+        )
 
     def _changes_a_shared_value(self, node: fx.Node) -> bool:
         """Whether a node works in place on what another node reads too; a layer that is run later would see it."""
@@ -291,7 +303,8 @@ def _value(node: fx.Node) -> Value:
     return Value(node.target, is_state=True) if node.op == "get_attr" else Value(node.name)
 
 
-def _reads(step: Layer | Call) -> set[str]:
+def reads_of(step: Layer | Call) -> set[str]:
+    """Names of the values that a step reads."""
     if isinstance(step, Layer):
         return {step.source} | ({step.residual} if step.residual is not None else set())
     found: set[str] = set()
@@ -313,7 +326,7 @@ def _reads(step: Layer | Call) -> set[str]:
 
 def _with_dead(steps: list[Layer | Call], result: str) -> Iterator[tuple[Layer | Call, tuple[str, ...]]]:
     """Each step with the values that no later step reads."""
-    last = {name: i for i, step in enumerate(steps) for name in (step.output, *_reads(step))}
+    last = {name: i for i, step in enumerate(steps) for name in (step.output, *reads_of(step))}
     for i, step in enumerate(steps):
-        names = {step.output, *_reads(step)} - {result}
+        names = {step.output, *reads_of(step)} - {result}
         yield step, tuple(sorted(name for name in names if last[name] == i))

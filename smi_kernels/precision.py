@@ -7,7 +7,12 @@ from torch import Tensor, nn
 
 from smi_kernels.errors import unknown_name
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 """Formats by name; besides, ``"auto"``."""
 
 

@@ -34,6 +34,7 @@ class Request:
     seed: int
     dtype: torch.dtype
     chunk: int
+    reduce: str
     parameters: ParameterFilter
 
     def __post_init__(self) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +11,7 @@ from smi_kernels.errors import InputError, unknown_name
 from smi_kernels.noise import families
 from smi_kernels.perturbed import ParameterFilter
 from smi_kernels.precision import resolve_dtype
+from smi_kernels.reductions import reductions
 from smi_kernels.request import Request, check_images, check_model
 
 
@@ -43,7 +42,12 @@ def stability_scores(
     batch (up to rounding: a matrix product may sum in another order for another batch size). The same arguments give
     the same bits. The model is not changed.
 
-    Differentiable in ``images`` if they require a gradient and gradients are enabled; memory then grows with k.
+    Differentiable once in ``images`` if they require a gradient and gradients are enabled. The backward pass draws
+    the same noise again, so that memory does not grow with k.
+
+    The first call for a model records its forward pass; convolutions, linear layers and BatchNorm are then run folded
+    and fused. A layer type that is not known (see `register_layer`), or a forward pass whose course depends on values,
+    is run by a slower path, with one warning.
 
     Args:
         model: maps images ``[N, C, H, W]`` to logits ``[N, classes]``; in eval mode.
@@ -53,19 +57,21 @@ def stability_scores(
         sigma_x: standard deviation ≥ 0 of the noise on each pixel, in pixel units. 0: no noise on the image.
         sigma_w: standard deviation ≥ 0 of the noise on parameter tensor l, in units of ‖θ_l‖ / √(elements of l).
             0: no noise on the parameters.
-        family: noise on the parameters, by name in `smi_kernels.noise.families`: ``gaussian`` or ``rademacher``.
+        family: noise on the parameters, by name in `smi_kernels.noise.families`: ``gaussian``, ``rademacher``,
+            ``rank1`` or ``flipout``.
         input_family: noise on the image, likewise.
         divergence: by name in `smi_kernels.divergences.divergences`: ``kl``, ``cross_entropy``,
             ``total_variation``, ``margin`` or ``flip``. All but ``cross_entropy`` are 0 without noise.
         antithetic: draw pairs (+E, −E), which cancels odd orders; k must be even.
         seed: of the noise, in [0, 2⁶⁴).
         reduce: over the draws: ``mean``, ``max``, or ``none`` for all of them, ``[N, K]``.
-        dtype: ``bfloat16``, ``float32`` or ``float64`` (or the torch dtype) for the model's forward pass. ``auto``:
-            float64 for a float64 model, else bfloat16 where the hardware has it, else float32. Logits and divergence
+        dtype: ``bfloat16``, ``float16``, ``float32`` or ``float64`` (or the torch dtype) for the model's forward pass;
+            convolutions of the image and linear layers on features stay in float32 with the first two. ``auto``: float64 for a float64 model, else bfloat16 where the hardware has it, else float32. Logits and divergence
             are float32, or float64 if that is the dtype.
         chunk: images in one forward pass, or ``auto``. Changes no noise.
         parameters: which parameters get noise: None for all, a function of the name, or names and prefixes.
-        backend: ``auto`` or ``torch``. The environment variable SMI_KERNELS_BACKEND replaces ``auto``.
+        backend: ``triton`` (fused kernels, on a CUDA device), ``torch`` (any device), ``reference`` (the model as it is,
+            draw by draw), or ``auto``, the first of these that can do it. The environment variable SMI_KERNELS_BACKEND replaces ``auto``.
 
     Returns:
         Scores ``[N]`` (``[N, K]`` for ``reduce="none"``), float32; float64 if that is the dtype.
@@ -75,8 +81,8 @@ def stability_scores(
     """
     check_images(images)
     check_model(model, images)
-    if reduce not in _REDUCTIONS:
-        raise unknown_name("reduction", reduce, _REDUCTIONS)
+    if reduce not in reductions:
+        raise unknown_name("reduction", reduce, reductions)
     request = Request(
         images=images,
         labels=labels,
@@ -90,26 +96,10 @@ def stability_scores(
         seed=seed,
         dtype=resolve_dtype(dtype, model, images),
         chunk=_resolve_chunk(chunk, images),
+        reduce=reduce,
         parameters=parameters,
     )
-    chosen = choose_backend(backend, model, request)
-    with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):
-        return _REDUCTIONS[reduce](chosen.scores(model, request))
-
-
-def _mean(draws: Tensor) -> Tensor:
-    """Mean over dimension 1, summed in the order of the draws whatever the shape, so that the bits are fixed."""
-    total = draws[:, 0]
-    for k in range(1, draws.shape[1]):
-        total = total + draws[:, k]
-    return total / draws.shape[1]
-
-
-def _all(draws: Tensor) -> Tensor:
-    return draws
-
-
-_REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"mean": _mean, "max": lambda draws: draws.amax(1), "none": _all}
+    return choose_backend(backend, model, request).scores(model, request)
 
 
 def _resolve_chunk(chunk: int | str, images: Tensor) -> int:

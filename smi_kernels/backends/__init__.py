@@ -26,7 +26,7 @@ class Backend:
     """A way to compute scores.
 
     Attributes:
-        scores: model and request to one divergence for each image and draw, ``[N, K]``, in the working dtype.
+        scores: model and request to scores in the working dtype, ``[N]``, or ``[N, K]`` without a reduction.
         supports: whether it can do so, cheaply decided.
         priority: the highest that supports a request is chosen; torch has 0.
     """

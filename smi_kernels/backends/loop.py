@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from smi_kernels.noise import INPUT, draw
+from smi_kernels.reductions import reductions
 from smi_kernels.request import Request
 
 
@@ -27,20 +28,28 @@ class Scorer(Protocol):
         """Whether any parameter gets noise."""
 
 
-def score_draws(scorer: Scorer, request: Request) -> Tensor:
-    """Divergence of each image under each draw, ``[N, K]``, in the working dtype.
+def score_draws(scorer: Scorer, request: Request, forward: Callable[[], Tensor] | None = None) -> Tensor:
+    """Scores ``[N]``, or ``[N, K]`` if the request wants no reduction, in the working dtype.
 
     The gradient in the images draws the same noise again instead of keeping what the forward pass computed, so that
     memory does not grow with K.
+
+    Args:
+        scorer: runs the model, in any case in the backward pass.
+        request: what is asked for.
+        forward: divergences ``[N, K]`` without a gradient; by default computed with the scorer.
     """
+    forward = forward or (lambda: divergences_of(scorer, request))
     if request.images.requires_grad and torch.is_grad_enabled():
-        scores: Tensor = _Replay.apply(request.images, scorer, request)
-        return scores
-    with torch.no_grad():
-        return _forward(scorer, request)
+        draws: Tensor = _Replay.apply(request.images, scorer, request, forward)
+    else:
+        with torch.no_grad():
+            draws = forward()
+    return reductions[request.reduce](draws)
 
 
-def _forward(scorer: Scorer, request: Request) -> Tensor:
+def divergences_of(scorer: Scorer, request: Request) -> Tensor:
+    """Divergence of each image under each draw, ``[N, K]``."""
     images, labels = _chunks(request.images, request), _labels(request)
     weights = scorer.weights(None)
     clean = [scorer.logits(part, weights, perturbed=False) for part in images]
@@ -61,15 +70,15 @@ def _forward(scorer: Scorer, request: Request) -> Tensor:
 
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, images: Tensor, scorer: Scorer, request: Request) -> Tensor:
+    def forward(ctx: Any, images: Tensor, scorer: Scorer, request: Request, forward: Callable[[], Tensor]) -> Tensor:
         ctx.scorer, ctx.request = scorer, request
-        return _forward(scorer, request)
+        return forward()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, weight: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, weight: Tensor) -> tuple[Tensor, None, None, None]:
         with torch.enable_grad():
-            return _backward(ctx.scorer, ctx.request, weight), None, None
+            return _backward(ctx.scorer, ctx.request, weight), None, None, None
 
 
 def _backward(scorer: Scorer, request: Request, weight: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ def supports(model: nn.Module, request: Request) -> bool:
 
 
 def scores(model: nn.Module, request: Request) -> Tensor:
-    """Divergence of each image under each draw, ``[N, K]``, float32 or float64; see `smi_kernels.stability_scores`."""
+    """Scores ``[N]``, or ``[N, K]`` if the request wants no reduction; see `smi_kernels.stability_scores`."""
     return score_draws(_Scorer(model, request), request)
 
 

@@ -12,6 +12,7 @@ with K.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from smi_kernels.folding import fold
 from smi_kernels.layers import zero_padding
 from smi_kernels.noise import INDEPENDENT, RANK1
 from smi_kernels.plan import Call, Layer, Plan
+from smi_kernels.reductions import reductions
 from smi_kernels.request import Request, check_logits
 
 if TYPE_CHECKING:
@@ -50,7 +52,7 @@ def _dense(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def scores(runner: Runner, request: Request) -> Tensor:
-    """Divergence of each image under each draw, ``[N, K]``, in the working dtype."""
+    """Scores ``[N]``, or ``[N, K]`` if the request wants no reduction, in the working dtype."""
     images = request.images.detach().to(request.working_dtype).contiguous()
     labels = request.labels.long() if request.labels is not None else None
     clean = runner.logits(images, runner.weights(None), perturbed=False)
@@ -60,7 +62,7 @@ def scores(runner: Runner, request: Request) -> Tensor:
         ks = range(first, min(first + group, request.k))
         for noisy in _group_logits(runner, request, images, ks):
             draws.append(request.divergence.compute(clean, noisy, labels))
-    return torch.stack(draws, dim=1)
+    return reductions[request.reduce](torch.stack(draws, dim=1))
 
 
 def _group_logits(runner: Runner, request: Request, images: Tensor, ks: range) -> Tensor:
@@ -74,12 +76,12 @@ def _group_logits(runner: Runner, request: Request, images: Tensor, ks: range) -
     def layer(step: Layer, x: Tensor, residual: Tensor | None) -> Tensor:
         return _run_layer(runner, step, ks, x, residual)
 
-    def call(step: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return runner.run_call(step, args, kwargs, state)
+    def call(step: Call, values: Mapping[str, Any]) -> Any:
+        return runner.run_call(step, values, state)
 
     batch = moved.flatten(0, 1).contiguous(memory_format=torch.channels_last)
     with torch.autocast(images.device.type, enabled=False):
-        logits = runner.plan.run(batch, layer, call, state.__getitem__)
+        logits = runner.plan.run(batch, layer, call)
     check_logits(logits, request, len(batch), perturbed=True)
     return logits.to(request.working_dtype).unflatten(0, (len(ks), len(images)))
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from smi_kernels.epilogues import epilogues
 from smi_kernels.folding import fold
 from smi_kernels.layers import layers, zero_padding
 from smi_kernels.perturbed import PerturbedModel
-from smi_kernels.plan import Call, Layer, Plan, plan_of
+from smi_kernels.plan import Call, Layer, Plan, arguments, plan_of
 from smi_kernels.request import Request, check_logits
 from smi_kernels.tracing import NotTraceable
 
@@ -31,7 +32,7 @@ def supports(model: nn.Module, request: Request) -> bool:
 
 
 def scores(model: nn.Module, request: Request) -> Tensor:
-    """Divergence of each image under each draw, ``[N, K]``, float32 or float64; see `smi_kernels.stability_scores`."""
+    """Scores ``[N]``, or ``[N, K]`` if the request wants no reduction; see `smi_kernels.stability_scores`."""
     plan = plan_or_warn(model, request)
     if plan is None:
         return reference.scores(model, request)
@@ -104,12 +105,12 @@ class Runner:
         def layer(step: Layer, x: Tensor, residual: Tensor | None) -> Tensor:
             return self.run_layer(step, x, residual, *folded[step.output])
 
-        def call(step: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return self.run_call(step, args, kwargs, state)
+        def call(step: Call, values: Mapping[str, Any]) -> Any:
+            return self.run_call(step, values, state)
 
         images = images.contiguous(memory_format=torch.channels_last)
         with torch.autocast(images.device.type, enabled=False):
-            logits = self.plan.run(images, layer, call, state.__getitem__)
+            logits = self.plan.run(images, layer, call)
         check_logits(logits, self.request, len(images), perturbed=perturbed)
         return logits.to(self.request.working_dtype)
 
@@ -133,8 +134,9 @@ class Runner:
             y = epilogue(y if residual is None else y + residual)
         return y.to(self.request.dtype)
 
-    def run_call(self, step: Call, args: tuple[Any, ...], kwargs: dict[str, Any], state: dict[str, Tensor]) -> Any:
+    def run_call(self, step: Call, values: Mapping[str, Any], state: dict[str, Tensor]) -> Any:
         """A call as the model makes it; what has parameters is run in the working dtype."""
+        args, kwargs = arguments(step, values, state)
         if step.reads_parameters and not self._keeps_format(step):
             args, kwargs = self._widened(args), self._widened(kwargs)
         if step.op == "call_method":
