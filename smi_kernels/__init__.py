@@ -1,16 +1,20 @@
 """Stability scoring by perturbed forward passes. Knows nothing of `smi`."""
 
 from smi_kernels.divergences import Divergence
+from smi_kernels.epilogues import Epilogue
 from smi_kernels.errors import InputError, unknown_name
+from smi_kernels.layers import register_layer
 from smi_kernels.noise import Family
 from smi_kernels.registry import Registry
 from smi_kernels.scores import stability_scores
 
 __all__ = [
     "Divergence",
+    "Epilogue",
     "Family",
     "InputError",
     "Registry",
+    "register_layer",
     "stability_scores",
     "unknown_name",
 ]

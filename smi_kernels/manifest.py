@@ -184,9 +184,8 @@ def _perturb_weight() -> Iterator[Variant]:
 
     layer, head, stem = (128, 64, 9), (10, 512, 1), (64, 3, 9)
     cases = [(family, BF16, layer, False) for family in ("gaussian", "rademacher", "rank1", "flipout")]
-    for family in ("gaussian", "rademacher"):
-        cases += [(family, FP32, layer, True), (family, BF16, head, False)]
-    cases.append(("rademacher", BF16, stem, False))
+    cases += [("gaussian", FP32, layer, True), ("rademacher", FP32, layer, True)]
+    cases += [("gaussian", BF16, head, False), ("rademacher", BF16, stem, False)]
     for family, dtype, shape, pairs in cases:
         name = f"{family} {_NAMES[dtype]} {_sizes(*shape)}{_pairs(pairs)}"
         how = partial(call, family, dtype, shape, pairs)
@@ -253,7 +252,8 @@ def _perturbed_conv() -> Iterator[Variant]:
     for dtype, shapes in ((BF16, (layer, narrow, deep, stem, few)), (FP32, (narrow, stem, few))):
         for shape, signs in itertools.product(shapes, (False, True)):
             name = f"{'signs' if signs else 'dense'} {_NAMES[dtype]} {_sizes(*shape)}"
-            expects = Expects(cp_async=None if shape is stem else True, max_registers=224)
+            # The first layer's rows of 3 channels are not aligned to anything that can be copied asynchronously.
+            expects = Expects(cp_async=None if shape is stem else True, max_registers=224 if signs else 192)
             yield from recorded(name, partial(call, signs, dtype, *shape), expects=expects, archs=_ARCHS[dtype])
 
 
@@ -286,7 +286,7 @@ def _perturbed_linear() -> Iterator[Variant]:
         yield from recorded(
             name,
             partial(call, signs, dtype, rows, outputs, features, epilogue),
-            expects=Expects(cp_async=True, max_registers=224),
+            expects=Expects(cp_async=True, max_registers=240 if signs else 168),
             archs=_ARCHS[dtype],
         )
 

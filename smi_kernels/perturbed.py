@@ -91,7 +91,7 @@ class PerturbedModel:
         }
         self._bases: dict[str, Tensor] = {}
         names = {id(p): name for name, p in model.named_parameters()}
-        self._shared = {
+        self.shared_names = {
             name: names[id(p)] for name, p in model.named_parameters(remove_duplicate=False) if name not in own
         }
 
@@ -124,11 +124,16 @@ class PerturbedModel:
 
     def first_name(self, name: str) -> str:
         """The name under which a parameter that several modules share is kept; other names as they are."""
-        return self._shared.get(name, name)
+        return self.shared_names.get(name, name)
 
     def with_shared(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """A state with every name of a parameter that several modules share."""
-        return state | {name: state[first] for name, first in self._shared.items()}
+        return state | {name: state[first] for name, first in self.shared_names.items()}
+
+    @property
+    def names(self) -> list[str]:
+        """Parameters that get noise."""
+        return list(self._ids)
 
     @property
     def family(self) -> Family:

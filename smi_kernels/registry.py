@@ -55,6 +55,17 @@ class Registry(Generic[T]):
             raise unknown_name(self.kind, name, self._items)
         return self._items[name]
 
+    def name_of(self, item: T) -> str:
+        """The name under which an object was registered.
+
+        Raises:
+            InputError: for one that was not.
+        """
+        for name, other in self._items.items():
+            if other is item:
+                return name
+        raise InputError(f"This {self.kind} is not registered. Register it with add(name, ...) first.")
+
     def __contains__(self, name: object) -> bool:
         return name in self._items
 

@@ -10,6 +10,7 @@ from smi_kernels.divergences import divergences
 from smi_kernels.errors import InputError, unknown_name
 from smi_kernels.noise import families
 from smi_kernels.perturbed import ParameterFilter
+from smi_kernels.plugins import load_plugins
 from smi_kernels.precision import resolve_dtype
 from smi_kernels.reductions import reductions
 from smi_kernels.request import Request, check_images, check_model
@@ -79,6 +80,7 @@ def stability_scores(
     Raises:
         InputError: for anything that cannot be used; says what was wrong, what is allowed and what to try.
     """
+    load_plugins()
     check_images(images)
     check_model(model, images)
     if reduce not in reductions:

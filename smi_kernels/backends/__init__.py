@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from smi_kernels.backends import reference, torch as torch_backend
+from smi_kernels.backends import reference, torch as torch_backend, triton as triton_backend
 from smi_kernels.errors import InputError, unknown_name
 from smi_kernels.registry import Registry
 from smi_kernels.request import Request
@@ -41,6 +41,7 @@ backends: Registry[Backend] = Registry("backend")
 
 backends.add("reference", Backend(scores=reference.scores, supports=reference.supports, priority=-10))
 backends.add("torch", Backend(scores=torch_backend.scores, supports=torch_backend.supports, priority=0))
+backends.add("triton", Backend(scores=triton_backend.scores, supports=triton_backend.supports, priority=10))
 
 
 def choose_backend(name: str, model: nn.Module, request: Request) -> Backend:

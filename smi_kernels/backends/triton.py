@@ -1,0 +1,287 @@
+"""Scores by fused Triton kernels: K perturbed copies of the network run at once.
+
+For each group of draws, layer by layer: `perturb_weight` writes the group's weights of one layer, BatchNorm folded,
+into a scratch that the next layer uses again, and one convolution or product with the draws in its grid applies them,
+with bias, residual and activation. So never more than one layer's weights of one group exist, whatever K is.
+Rademacher noise needs no scratch: its signs are expanded inside the product. Then one kernel makes scores of logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from smi_kernels import ops  # noqa: F401  registers torch.ops.smi_kernels
+from smi_kernels.backends.loop import score_draws
+from smi_kernels.backends.torch import Runner, plan_or_warn
+from smi_kernels.configs import prefers_library
+from smi_kernels.divergences import divergences
+from smi_kernels.epilogues import epilogues
+from smi_kernels.folding import fold
+from smi_kernels.layers import zero_padding
+from smi_kernels.noise import INDEPENDENT, PARAMETERS, families
+from smi_kernels.plan import Call, Layer, Plan, plan_of, reads_of
+from smi_kernels.request import Request, check_logits
+from smi_kernels.tracing import NotTraceable
+from smi_kernels.triton import interpreting
+
+SCRATCH = 32 << 20
+"""Bytes of one layer's weights of a group of draws: what stays in the second-level cache of a large GPU."""
+
+ACTIVATIONS = 2 << 30
+"""Bytes of activations of a group of draws, about: a few of the largest values live at once."""
+
+
+def supports(model: nn.Module, request: Request) -> bool:
+    """Models with a plan, on CUDA (or in the interpreter), in 32 bits at most, with noise that has Triton twins."""
+    if not (request.images.is_cuda or interpreting()) or request.dtype == torch.float64:
+        return False
+    twins = (request.family.kernel, request.input_family.kernel, request.divergence.kernel)
+    if None in twins or request.input_family.structure != INDEPENDENT:
+        return False
+    try:
+        plan_of(model, request.images)
+    except NotTraceable:
+        return False
+    return True
+
+
+def scores(model: nn.Module, request: Request) -> Tensor:
+    """Scores ``[N]``, or ``[N, K]`` if the request wants no reduction; the gradient is computed in torch."""
+    plan = plan_or_warn(model, request)
+    assert plan is not None
+    runner = _KernelRunner(model, plan, request)
+    if request.images.requires_grad and torch.is_grad_enabled():
+        return score_draws(runner.torch, request, lambda: runner.scores("none"))
+    with torch.no_grad():
+        return runner.scores(request.reduce)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One layer of a group of draws, ready to be multiplied."""
+
+    step: Layer
+    module: nn.Module
+    x: Tensor
+    residual: Tensor | None
+    scale: Tensor | None
+    bias: Tensor | None
+    first: int
+    draws: int
+    shared: bool
+    out_dtype: torch.dtype
+    epilogue: str
+    moves: bool
+
+
+class _KernelRunner:
+    def __init__(self, model: nn.Module, plan: Plan, request: Request) -> None:
+        self.torch = Runner(model, plan, request)
+        self.plan, self.request, self.modules = plan, request, self.torch.modules
+        self.perturbed = self.torch.perturbed
+        self.clean = self.perturbed.with_shared(self.perturbed.clean)
+        self._seed = (request.seed & 0xFFFFFFFF, request.seed >> 32)
+        self._family = families.name_of(request.family)
+        self._scratch: Tensor | None = None
+
+    def scores(self, reduce: str) -> Tensor:
+        request = self.request
+        images = request.images.detach().float().contiguous()
+        labels = request.labels.long().contiguous() if request.labels is not None else None
+        name = divergences.name_of(request.divergence)
+        parts = []
+        for start in range(0, len(images), request.chunk):
+            part = images[start : start + request.chunk]
+            clean = self._logits(part, 0, 1, moves=False)[0]
+            check_logits(clean, request, len(part), perturbed=False)
+            noisy = self._noisy(part) if self._moves else clean.expand(request.k, *clean.shape).contiguous()
+            own = labels[start : start + request.chunk] if labels is not None else None
+            parts.append(torch.ops.smi_kernels.score_logits(clean, noisy, own, name, reduce))
+        return torch.cat(parts)
+
+    @property
+    def _moves(self) -> bool:
+        return self.perturbed.has_noise or self.request.sigma_x > 0
+
+    def _noisy(self, images: Tensor) -> Tensor:
+        """Logits of all draws, ``[K, N, C]``."""
+        group, k = self._group(len(images)), self.request.k
+        logits = [self._logits(images, first, min(group, k - first), moves=True) for first in range(0, k, group)]
+        for part in logits:
+            check_logits(part.flatten(0, 1), self.request, part.shape[0] * part.shape[1], perturbed=True)
+        return torch.cat(logits)
+
+    def _group(self, n: int) -> int:
+        """Draws that are run at once."""
+        sizes = [self.clean[f"{s.module}.weight"].numel() for s, _ in self.plan.steps if isinstance(s, Layer)]
+        by_weight = SCRATCH // (2 * max(sizes, default=1))
+        by_activation = ACTIVATIONS // (4 * 3 * n * self.plan.largest)
+        # Even numbers keep the two draws of an antithetic pair together.
+        return max(1, min(self.request.k, by_weight // 2 * 2, by_activation // 2 * 2))
+
+    def _logits(self, images: Tensor, first: int, draws: int, *, moves: bool) -> Tensor:
+        """Logits ``[draws, N, C]`` of draws ``first`` on, or of the unperturbed model."""
+        vectors = self._vectors(first, draws) if moves else {}
+        n = len(images)
+        if moves and self.request.sigma_x > 0:
+            family = families.name_of(self.request.input_family)
+            x = torch.ops.smi_kernels.perturb_input(
+                images, self.request.sigma_x, family, first, draws, *self._seed, self.request.antithetic, torch.float32
+            )
+        else:
+            x = images.contiguous(memory_format=torch.channels_last)
+
+        def layer(step: Layer, x: Tensor, residual: Tensor | None) -> Tensor:
+            return self._layer(step, x, residual, vectors, first, draws, n, moves)
+
+        def call(step: Call, values: Mapping[str, Any]) -> Any:
+            return self._call(step, values, first, draws, n, moves)
+
+        with torch.autocast(images.device.type, enabled=False):
+            logits = self.plan.run(x, layer, call)
+        return _all_draws(logits, draws, n).float().unflatten(0, (draws, n)).contiguous()
+
+    def _vectors(self, first: int, draws: int) -> dict[str, Tensor]:
+        """Parameters of one dimension in a group of draws, ``[draws, rows]``, drawn in one launch."""
+        names = [name for name in self.perturbed.names if self.clean[name].ndim == 1]
+        if not names:
+            return {}
+        if self.request.family.structure != INDEPENDENT:
+            ks = range(first, first + draws)
+            return {name: torch.stack([self.perturbed.parameter(name, k) for k in ks]) for name in names}
+        each = self.request.family.elements
+        counts = [-(-self.clean[name].numel() // each) for name in names]
+        device = self.request.images.device
+        index = torch.cat([torch.arange(count, device=device) for count in counts])
+        ids = torch.tensor([self.perturbed.tensor_id(name) for name in names], device=device)
+        noise = torch.ops.smi_kernels.unit_noise(
+            index, ids.repeat_interleave(torch.tensor(counts, device=device)), self._family, first, draws, *self._seed,
+            PARAMETERS, self.request.antithetic,
+        )  # fmt: skip
+        parts = noise.flatten(1).split([count * each for count in counts], dim=1)
+        return {
+            name: self.clean[name] + self.perturbed.std(name) * part[:, : self.clean[name].numel()]
+            for name, part in zip(names, parts, strict=True)
+        }
+
+    def _layer(
+        self, step: Layer, x: Tensor, residual: Tensor | None, vectors: dict[str, Tensor], first: int, draws: int,
+        n: int, moves: bool,
+    ) -> Tensor:  # fmt: skip
+        module, dtype = self.modules[step.module], self.torch.layer_dtype(step)
+        own = vectors | {name: vectors[old] for name, old in self.perturbed.shared_names.items() if old in vectors}
+        norm = self.modules[step.norm] if step.norm is not None else None
+        scale, bias = (_per_draw(v, draws) for v in fold(step, norm, self.clean | own))
+        shared = x.shape[0] == n and draws > 1
+        out_dtype = dtype if isinstance(module, nn.Linear) else self.request.dtype
+        memory = torch.channels_last if x.ndim == 4 else torch.contiguous_format
+        x = x.to(dtype).contiguous(memory_format=memory)
+        if residual is not None:
+            residual = _all_draws(residual, draws, n).to(out_dtype).contiguous(memory_format=memory)
+        epilogue = step.epilogue if epilogues[step.epilogue].kernel is not None else "identity"
+        job = _Job(step, module, x, residual, scale, bias, first, draws, shared, out_dtype, epilogue, moves)
+        y = self._product(job)
+        return y if epilogue == step.epilogue else epilogues[step.epilogue].compute(y)
+
+    def _product(self, job: _Job) -> Tensor:
+        name = f"{job.step.module}.weight"
+        theta, std = self.clean[name], self.perturbed.std(name) if job.moves else 0.0
+        if self._family == "rademacher" and std > 0:
+            return self._signs(job, theta, std, name)
+        weight = self._weights(job, theta, std, name)
+        if isinstance(job.module, nn.Linear):
+            return torch.ops.smi_kernels.perturbed_linear(  # type: ignore[no-any-return]
+                job.x, weight.squeeze(2), job.bias, job.residual, job.draws, job.epilogue, job.shared, job.out_dtype
+            )
+        kernel, geometry = list(theta.shape[2:]), _geometry(job.module)
+        if prefers_library(job.x, theta, job.draws, job.module):
+            return _library_conv(job, weight.unflatten(2, kernel).permute(0, 1, 4, 2, 3))
+        return torch.ops.smi_kernels.perturbed_conv(  # type: ignore[no-any-return]
+            job.x, weight, job.bias, job.residual, job.draws, kernel, *geometry, job.epilogue, job.shared,
+            job.out_dtype,
+        )  # fmt: skip
+
+    def _signs(self, job: _Job, theta: Tensor, std: float, name: str) -> Tensor:
+        noise = (std, self.perturbed.tensor_id(name), job.first, job.draws, *self._seed, self.request.antithetic)
+        end = (job.epilogue, job.shared, job.out_dtype)
+        args = (job.x, theta, job.scale, job.bias, job.residual, *noise)
+        if isinstance(job.module, nn.Linear):
+            return torch.ops.smi_kernels.perturbed_linear_signs(*args, *end)  # type: ignore[no-any-return]
+        return torch.ops.smi_kernels.perturbed_conv_signs(*args, *_geometry(job.module), *end)  # type: ignore[no-any-return]
+
+    def _weights(self, job: _Job, theta: Tensor, std: float, name: str) -> Tensor:
+        """The group's weights of one layer, ``[draws, rows, taps, channels]``, in the scratch."""
+        rows, channels, *kernel = theta.shape
+        taps = theta[0, 0].numel()
+        out = self._room(job.draws * theta.numel(), job.x).view(job.draws, rows, taps, channels)
+        left = right = None
+        family = self._family
+        if std == 0:
+            family = "gaussian"  # of which nothing is added
+        elif self.request.family.structure != INDEPENDENT:
+            pairs = (self.perturbed.factors(name, k) for k in range(job.first, job.first + job.draws))
+            left, right = (torch.stack(values) for values in zip(*pairs, strict=True))
+        tensor = self.perturbed.tensor_id(name) if std > 0 else 0
+        torch.ops.smi_kernels.perturb_weight(
+            theta, out, std, job.scale, tensor, family, job.first, job.draws, *self._seed, self.request.antithetic,
+            left, right,
+        )  # fmt: skip
+        return out
+
+    def _room(self, elements: int, like: Tensor) -> Tensor:
+        """Scratch of so many elements; the next layer uses it again."""
+        size = elements * like.element_size()
+        if self._scratch is None or self._scratch.numel() < size:
+            self._scratch = torch.empty(size, dtype=torch.uint8, device=like.device)
+        return self._scratch[:size].view(like.dtype)
+
+    def _call(self, step: Call, values: Mapping[str, Any], first: int, draws: int, n: int, moves: bool) -> Any:
+        read = {name: values[name] for name in reads_of(step)}
+        if not step.reads_parameters or not moves:
+            tensors = [v for v in read.values() if isinstance(v, Tensor) and v.ndim]
+            if any(v.shape[0] == draws * n for v in tensors):
+                read = {key: _all_draws(v, draws, n) for key, v in read.items()}
+            return self.torch.run_call(step, read, self.clean)
+        outputs = []
+        for j in range(draws):
+            state = self.perturbed.with_shared(self.perturbed.state(first + j))
+            mine = {key: _all_draws(v, draws, n)[j * n : (j + 1) * n] for key, v in read.items()}
+            outputs.append(self.torch.run_call(step, mine, state))
+        return torch.cat(outputs)
+
+
+def _library_conv(job: _Job, weight: Tensor) -> Tensor:
+    """The same convolution by the vendor's library, draw by draw, on the scratch's weights."""
+    stride, padding, dilation, groups = _geometry(job.module)
+    inputs = [job.x] * job.draws if job.shared else job.x.chunk(job.draws)
+    y = torch.cat([
+        F.conv2d(x, w, None, stride, padding, dilation, groups) for x, w in zip(inputs, weight, strict=True)
+    ])  # fmt: skip
+    if job.bias is not None:
+        y = (y.unflatten(0, (job.draws, -1)) + job.bias[:, None, :, None, None].to(y.dtype)).flatten(0, 1)
+    y = y.to(job.out_dtype)
+    return epilogues[job.epilogue].compute(y if job.residual is None else y + job.residual)
+
+
+def _geometry(module: nn.Module) -> tuple[list[int], list[int], list[int], int]:
+    assert isinstance(module, nn.Conv2d)
+    padding = zero_padding(module)
+    assert padding is not None
+    return list(module.stride), list(padding), list(module.dilation), module.groups
+
+
+def _per_draw(values: Tensor | None, draws: int) -> Tensor | None:
+    return None if values is None else values.expand(draws, values.shape[-1]).contiguous()
+
+
+def _all_draws(value: Any, draws: int, n: int) -> Any:
+    """A value of every draw, ``[draws·N, ...]``, of one that the draws may share."""
+    if not isinstance(value, Tensor) or value.ndim == 0 or draws == 1 or value.shape[0] != n:
+        return value
+    return value.repeat(draws, *[1] * (value.ndim - 1))

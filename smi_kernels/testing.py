@@ -1,0 +1,234 @@
+"""Agreement tests for what a user adds: a noise family, a divergence or an epilogue, in torch and in Triton.
+
+    from smi_kernels.testing import check_family
+    check_family("laplace", module="my_package.laplace")
+
+The Triton twin runs on the GPU if there is one, else in Triton's interpreter, in a process of its own: the interpreter
+must be chosen before triton is imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from smi_kernels import twins
+from smi_kernels.divergences import divergences
+from smi_kernels.epilogues import epilogues
+from smi_kernels.errors import InputError
+from smi_kernels.noise import INDEPENDENT, INPUT, PARAMETERS, families
+from smi_kernels.plugins import load_plugins
+from smi_kernels.registry import load_kernel
+from smi_kernels.scores import stability_scores
+from smi_kernels.triton import interpreting
+
+SAMPLE = 1 << 16
+"""Values on which moments are checked. Bounds are five standard errors: a sound family fails once in a million."""
+
+
+def check_family(name: str, *, module: str | None = None, tolerance: float = 1e-6) -> None:
+    """Check a noise family: moments, independence, and that both twins draw the same.
+
+    Args:
+        name: as registered in `smi_kernels.noise.families`.
+        module: importable name, or path of the file, of the module that registers it; None if a plug-in does.
+        tolerance: largest difference between the twins' values.
+
+    Raises:
+        AssertionError: saying what does not hold.
+        InputError: for an unknown name.
+    """
+    _load(module)
+    family = families[name]
+    index = torch.arange(-(-SAMPLE // family.elements))
+
+    def values(tensor: int, k: int, stream: int = PARAMETERS) -> Tensor:
+        ids = torch.full_like(index, tensor)
+        return twins.unit_noise(index, ids, family, k, 1, 2**40 + 7, stream, antithetic=False)[0]
+
+    noise = values(3, 1)
+    _expect(noise.shape == (len(index), family.elements), f"values have shape {tuple(noise.shape)}, not [B, elements]")
+    _expect(noise.dtype == torch.float32 and bool(noise.isfinite().all()), "values are not finite float32")
+    order = torch.randperm(len(index), generator=torch.Generator().manual_seed(0))
+    mixed = twins.unit_noise(index[order], torch.full_like(index, 3), family, 1, 1, 2**40 + 7, PARAMETERS, False)[0]
+    _expect(torch.equal(mixed, noise[order]), "a row depends on other rows than its own words")
+    _check_moments(noise.flatten().double())
+    for other, what in (
+        (values(3, 2), "draws"), (values(4, 1), "tensors"), (values(3, 1, INPUT), "streams"),
+        (noise.roll(1, 1), "neighbours in a counter"), (noise.roll(1, 0), "neighbouring counters"),
+    ):  # fmt: skip
+        correlation = (noise * other).mean().item()
+        _expect(abs(correlation) < 5 * SAMPLE**-0.5, f"{what} are correlated: {correlation:.3f}")
+    _check_twin("family", name, module, tolerance)
+
+
+def check_divergence(name: str, *, module: str | None = None, tolerance: float = 1e-4) -> None:
+    """Check a divergence: float32 against float64, and that both twins agree, within tolerance · (|value| + 0.01).
+
+    Args:
+        name: as registered in `smi_kernels.divergences.divergences`.
+        module: see `check_family`.
+        tolerance: relative.
+
+    Raises:
+        AssertionError: saying what does not hold.
+        InputError: for an unknown name.
+    """
+    _load(module)
+    divergence = divergences[name]
+    clean, perturbed, labels = _logits()
+    low = twins.score_logits(clean, perturbed, labels, divergence, "none")
+    _expect(low.shape == (len(clean), len(perturbed)), f"the result has shape {tuple(low.shape)}, not [N] for each draw")
+    high = twins.score_logits(clean.double(), perturbed.double(), labels, divergence, "none")
+    _close(low, high.float(), tolerance, 0.01, "float32 and float64")
+    _check_twin("divergence", name, module, tolerance)
+
+
+def check_epilogue(name: str, *, module: str | None = None, tolerance: float = 1e-5) -> None:
+    """Check an epilogue: elementwise, differentiable, and that both twins agree, within tolerance · (|value| + 1).
+
+    Args:
+        name: as registered in `smi_kernels.epilogues.epilogues`.
+        module: see `check_family`.
+        tolerance: relative.
+
+    Raises:
+        AssertionError: saying what does not hold.
+        InputError: for an unknown name.
+    """
+    _load(module)
+    compute = epilogues[name].compute
+    x = torch.linspace(-12, 12, 203)
+    y = compute(x)
+    _expect(y.shape == x.shape and y.dtype == x.dtype, "the result has another shape or dtype than its argument")
+    _expect(torch.equal(compute(x.flip(0)), y.flip(0)), "an element depends on others")
+    smooth = x.double()[x.abs() > 0.05].requires_grad_()
+    _expect(torch.autograd.gradcheck(lambda v: compute(v), (smooth,)), "the gradient is wrong")
+    _check_twin("epilogue", name, module, tolerance)
+
+
+def _load(module: str | None) -> None:
+    load_plugins()
+    if module is None:
+        return
+    if not module.endswith(".py"):
+        importlib.import_module(module)
+        return
+    path = Path(module)
+    if not path.is_file():
+        raise InputError(f"There is no file {module}. Allowed: an importable module name, or the path of a .py file.")
+    name = f"_smi_kernels_extension_{path.stem}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+
+
+def _expect(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise AssertionError(otherwise)
+
+
+def _close(found: Tensor, expected: Tensor, relative: float, floor: float, what: str) -> None:
+    worst = ((found - expected).abs() / (expected.abs() + floor)).max().item()
+    _expect(worst <= relative, f"{what} differ: by {worst:.2e} of the value, allowed {relative:.2e}")
+
+
+def _check_moments(noise: Tensor) -> None:
+    n, variance = len(noise), noise.var().item()
+    mean, error = noise.mean().item(), (variance / n) ** 0.5
+    _expect(abs(mean) < 5 * error, f"the mean is {mean:.4f}, not 0")
+    error = ((noise**4).mean().item() / n) ** 0.5 + 1e-6
+    _expect(abs(variance - 1) < 5 * error, f"the variance is {variance:.4f}, not 1")
+
+
+def _logits() -> tuple[Tensor, Tensor, Tensor]:
+    """Clean ``[N, C]`` and perturbed ``[K, N, C]`` logits, close and far, and labels."""
+    generator = torch.Generator().manual_seed(0)
+    clean = 4 * torch.randn(37, 11, generator=generator)
+    size = torch.logspace(-3, 0.5, 5)[:, None, None]
+    perturbed = clean + size * torch.randn(5, 37, 11, generator=generator)
+    return clean, perturbed, torch.randint(0, 11, (37,), generator=generator)
+
+
+def _check_twin(kind: str, name: str, module: str | None, tolerance: float) -> None:
+    """Run the Triton twin here on the GPU or in this interpreter, else in a process of its own."""
+    kernel = {"family": families, "divergence": divergences, "epilogue": epilogues}[kind][name].kernel  # type: ignore[attr-defined]
+    _expect(kernel is not None, f"the {kind} {name!r} has no Triton twin: give it kernel=")
+    if torch.cuda.is_available() or interpreting():
+        _TWINS[kind](name, tolerance)
+        return
+    command = [sys.executable, "-m", "smi_kernels.testing", kind, name, module or "", repr(tolerance)]
+    run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    _expect(run.returncode == 0, f"the Triton twin of {name!r} fails:\n{run.stdout}{run.stderr}".strip())
+
+
+def _device() -> str:
+    return "cpu" if interpreting() else "cuda"
+
+
+def _family_twin(name: str, tolerance: float) -> None:
+    from smi_kernels.triton.unit_noise import unit_noise
+
+    family, index = families[name], torch.tensor([5, 0, 1, 2, 3, 2**32 - 1, 77], device=_device())
+    ids = torch.arange(len(index), device=_device())
+    options = {"first": 3, "draws": 3, "seed": 2**63 + 5, "stream": PARAMETERS, "antithetic": True}
+    ours = unit_noise(index, ids, family=family, **options)  # type: ignore[arg-type]
+    theirs = twins.unit_noise(index, ids, family, **options)  # type: ignore[arg-type]
+    worst = (ours - theirs).abs().max().item()
+    _expect(worst <= tolerance, f"the twins' values differ by {worst:.2e}, allowed {tolerance:.2e}")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(27, 4)).eval()
+    images = torch.rand(3, 1, 5, 5, device=_device())
+    input_family = name if family.structure == INDEPENDENT else "gaussian"
+    scores = [
+        stability_scores(
+            model.to(_device()), images, k=2, sigma_x=0.1, sigma_w=0.1, family=name, input_family=input_family,
+            dtype="float32", backend=backend,
+        )
+        for backend in ("torch", "triton")
+    ]  # fmt: skip
+    _close(scores[1], scores[0], max(2e-3, 10 * tolerance), 1e-3, "scores of the torch and the triton backend")
+
+
+def _divergence_twin(name: str, tolerance: float) -> None:
+    from smi_kernels.triton.score_logits import score_logits
+
+    clean, perturbed, labels = (t.to(_device()) for t in _logits())
+    for reduce in ("none", "mean", "max"):
+        ours = score_logits(clean, perturbed, labels, divergence=divergences[name], reduce=reduce)
+        theirs = twins.score_logits(clean, perturbed, labels, divergences[name], reduce)
+        _close(ours, theirs, tolerance, 0.01, f"the twins (reduce={reduce!r})")
+
+
+def _epilogue_twin(name: str, tolerance: float) -> None:
+    from smi_kernels.triton.perturbed_linear import perturbed_linear
+
+    values = torch.linspace(-12, 12, 17 * 19, device=_device()).reshape(17, 19)
+    identity = torch.eye(19, device=_device())[None]
+    ours = perturbed_linear(values, identity, draws=1, epilogue=load_kernel(epilogues[name].kernel))
+    _close(ours, epilogues[name].compute(values), tolerance, 1.0, "the twins")
+
+
+_TWINS: dict[str, Callable[[str, float], None]] = {
+    "family": _family_twin,
+    "divergence": _divergence_twin,
+    "epilogue": _epilogue_twin,
+}
+
+if __name__ == "__main__":
+    _kind, _name, _module, _tolerance = sys.argv[1:]
+    _load(_module or None)
+    try:
+        _TWINS[_kind](_name, float(_tolerance))
+    except AssertionError as failure:
+        sys.exit(str(failure))
