@@ -114,10 +114,19 @@ def _gate(options: argparse.Namespace) -> int:
     _write_json(options.json, results)
     broken = [result for result in results if result.breaches]
     print(f"\n{len(results)} compiled in {time.perf_counter() - start:.0f} s, {len(broken)} broke the manifest.")
+    for line in _summary(broken):
+        print(line)
+    return 1 if broken else 0
+
+
+def _summary(broken: Iterable[Measured]) -> Iterator[str]:
+    """A line for each kernel and way to break the manifest, with the architectures on which it happens."""
+    archs: dict[tuple[str, str, str], list[str]] = {}
     for result in broken:
         task = result.task
-        print(f"  {task.kernel} ({task.variant}) on sm_{task.arch}: {'; '.join(result.breaches)}")
-    return 1 if broken else 0
+        archs.setdefault((task.kernel, task.variant, "; ".join(result.breaches)), []).append(f"sm_{task.arch}")
+    for (kernel, variant, breaches), where in archs.items():
+        yield f"  {kernel} ({variant}) on {', '.join(where)}: {breaches}"
 
 
 def _arch(name: str) -> int:

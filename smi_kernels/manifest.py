@@ -216,8 +216,8 @@ def _score_logits() -> Iterator[Variant]:
         clean, perturbed = empty(256, classes), empty(16, 256, classes)
         score_logits(clean, perturbed, labels, divergence=divergences[divergence], reduce=reduce)
 
-    cases = [("kl", "mean", 10), ("kl", "mean", 1000), ("cross_entropy", "none", 10)]
-    cases += [("total_variation", "max", 10), ("margin", "mean", 10), ("flip", "mean", 10)]
+    cases = [("kl", "mean", 1000), ("cross_entropy", "none", 10), ("total_variation", "max", 10)]
+    cases += [("margin", "mean", 10), ("flip", "mean", 10)]
     for divergence, reduce, classes in cases:
         name = f"{divergence} {reduce} {classes} classes"
         yield from recorded(name, partial(call, divergence, reduce, classes), expects=Expects(max_registers=128))
@@ -249,7 +249,7 @@ def _perturbed_conv() -> Iterator[Variant]:
 
     # Image size, channels in and out, stride: one for each tile of each table, and the first layer.
     layer, narrow, deep, stem, few = (32, 64, 128, 2), (32, 64, 64, 1), (4, 512, 512, 1), (32, 3, 64, 1), (8, 64, 16, 1)
-    for dtype, shapes in ((BF16, (layer, narrow, deep, stem, few)), (FP32, (narrow, stem, few))):
+    for dtype, shapes in ((BF16, (layer, narrow, deep, stem, few)), (FP32, (narrow, few))):
         for shape, signs in itertools.product(shapes, (False, True)):
             name = f"{'signs' if signs else 'dense'} {_NAMES[dtype]} {_sizes(*shape)}"
             # The first layer's rows of 3 channels are not aligned to anything that can be copied asynchronously.

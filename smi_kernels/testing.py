@@ -71,7 +71,7 @@ def check_family(name: str, *, module: str | None = None, tolerance: float = 1e-
 
 
 def check_divergence(name: str, *, module: str | None = None, tolerance: float = 1e-4) -> None:
-    """Check a divergence: float32 against float64, and that both twins agree, within tolerance · (|value| + 0.01).
+    """Check a divergence: float32 against float64, and that both twins agree, within tolerance · (|value| + 0.05).
 
     Args:
         name: as registered in `smi_kernels.divergences.divergences`.
@@ -88,7 +88,7 @@ def check_divergence(name: str, *, module: str | None = None, tolerance: float =
     low = twins.score_logits(clean, perturbed, labels, divergence, "none")
     _expect(low.shape == (len(clean), len(perturbed)), f"the result has shape {tuple(low.shape)}, not [N] for each draw")
     high = twins.score_logits(clean.double(), perturbed.double(), labels, divergence, "none")
-    _close(low, high.float(), tolerance, 0.01, "float32 and float64")
+    _close(low, high.float(), tolerance, 0.05, "float32 and float64")
     _check_twin("divergence", name, module, tolerance)
 
 
@@ -207,7 +207,7 @@ def _divergence_twin(name: str, tolerance: float) -> None:
     for reduce in ("none", "mean", "max"):
         ours = score_logits(clean, perturbed, labels, divergence=divergences[name], reduce=reduce)
         theirs = twins.score_logits(clean, perturbed, labels, divergences[name], reduce)
-        _close(ours, theirs, tolerance, 0.01, f"the twins (reduce={reduce!r})")
+        _close(ours, theirs, tolerance, 0.05, f"the twins (reduce={reduce!r})")
 
 
 def _epilogue_twin(name: str, tolerance: float) -> None:

@@ -120,7 +120,7 @@ def _stacked(runner: Runner, name: str, ks: range) -> Tensor:
 def _run_layer(runner: Runner, step: Layer, ks: range, x: Tensor, residual: Tensor | None) -> Tensor:
     model, name = runner.perturbed, f"{step.module}.weight"
     rows, dtype = _rows(runner, step, ks), runner.layer_dtype(step)
-    module, std = runner.modules[step.module], model.std(name)
+    module, std, wide = runner.modules[step.module], model.std(name), runner.request.working_dtype
     x = x.to(dtype)
 
     def product(h: Tensor, weight: Tensor) -> Tensor:
@@ -128,11 +128,12 @@ def _run_layer(runner: Runner, step: Layer, ks: range, x: Tensor, residual: Tens
         if isinstance(module, nn.Linear):
             return F.linear(h, weight)
         padding = zero_padding(module)  # type: ignore[arg-type]
-        return F.conv2d(h, weight, None, module.stride, padding, module.dilation)  # type: ignore[arg-type]
+        # What follows is a sum of few terms: in float32, so that it is rounded once.
+        return F.conv2d(h, weight, None, module.stride, padding, module.dilation).to(wide)  # type: ignore[arg-type]
 
     def spread(values: Tensor) -> Tensor:
         """``[draws, rows]`` to the shape of the draws' outputs."""
-        return values.to(dtype).reshape(len(ks), 1, -1, *[1] * (x.ndim - 2))
+        return values.reshape(len(ks), 1, -1, *[1] * (x.ndim - 2))
 
     def grouped(values: Tensor) -> Tensor:
         return values.unflatten(0, (len(ks), -1))
@@ -153,7 +154,7 @@ def _run_layer(runner: Runner, step: Layer, ks: range, x: Tensor, residual: Tens
         base = model.base(name)
         assert base is not None
         y = grouped(product(x, rows.weight))
-        moved = grouped(product((grouped(x) * spread(torch.stack(seconds))).flatten(0, 1), base))
+        moved = grouped(product((grouped(x) * spread(torch.stack(seconds)).to(dtype)).flatten(0, 1), base))
         factor = torch.stack(firsts)
 
     if rows.ratio is not None:
