@@ -27,7 +27,7 @@ def fold(layer: Layer, norm: nn.Module | None, state: Mapping[str, Tensor]) -> t
     if norm is None:
         return None, bias
     mean, var = state[f"{layer.norm}.running_mean"], state[f"{layer.norm}.running_var"]
-    scale = torch.rsqrt(var + norm.eps)
+    scale = torch.rsqrt(var + float(norm.eps))  # type: ignore[arg-type]
     gamma, beta = state.get(f"{layer.norm}.weight"), state.get(f"{layer.norm}.bias")
     if gamma is not None:
         scale = scale * gamma

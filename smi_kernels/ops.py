@@ -167,9 +167,7 @@ def perturbed_linear_signs(
     activation, seed = epilogues[epilogue], _seed(seed_low, seed_high)
     if not _compiled(x):
         weight = _signed(theta, x, std, tensor, first, draws, seed, antithetic, scale)
-        return twins.perturbed_linear(
-            x, weight.flatten(2), bias, residual, draws, activation, shared, out_dtype
-        )
+        return twins.perturbed_linear(x, weight.flatten(2), bias, residual, draws, activation, shared, out_dtype)
     from smi_kernels.triton.perturbed_linear import perturbed_linear_signs as launch
 
     return launch(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from smi_kernels import native
 from smi_kernels.errors import InputError, unknown_name
 from smi_kernels.noise import FLIPOUT, INDEPENDENT, PARAMETERS, Draw, Family, base, combine, draw, factors
 
@@ -143,6 +144,14 @@ class PerturbedModel:
     def which(self, k: int) -> Draw:
         """Draw k of the parameters."""
         return Draw(seed=self._seed, k=k, stream=PARAMETERS, antithetic=self._antithetic)
+
+    def counters(self, tensor: int, k: int) -> native.Stream:
+        """Words 1 to 3 of a tensor's counters in draw k, and the key, for `smi_kernels.native`."""
+        return native.Stream(tensor, self.which(k).number, PARAMETERS, self._seed & 0xFFFFFFFF, self._seed >> 32)
+
+    def sign(self, k: int) -> float:
+        """Factor +1 or −1 of the noise of draw k."""
+        return self.which(k).sign
 
     def state(self, k: int) -> dict[str, Tensor]:
         """Parameters θ + v_k and buffers by name, for ``torch.func.functional_call``."""

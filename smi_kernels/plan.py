@@ -94,6 +94,11 @@ class Plan:
     unknown: tuple[str, ...]
     largest: int
 
+    @property
+    def reads_parameters(self) -> bool:
+        """Whether anything but a `Layer` reads a parameter."""
+        return any(isinstance(step, Call) and step.reads_parameters for step, _ in self.steps)
+
     def run(
         self,
         images: Tensor,
@@ -209,7 +214,7 @@ class _Builder:
             largest=max(sizes) // len(inputs[0].meta["value"]),
         )
 
-    def _changes_a_shared_value(self, node: fx.Node) -> bool:
+    def _changes_a_shared_value(self, node: Any) -> bool:
         """Whether a node works in place on what another node reads too; a layer that is run later would see it."""
         if node.op == "call_module":
             changes = getattr(self._modules[node.target], "inplace", False)
@@ -234,11 +239,13 @@ class _Builder:
             return zero_padding(module) is not None and node.meta["value"].ndim == 4
         return module is not None and node.meta["value"].ndim == 2
 
-    def _fuse(self, node: fx.Node, image: fx.Node) -> None:
+    def _fuse(self, node: Any, image: fx.Node) -> None:
         """Follow the only users of a layer's output, as far as they fuse; the layer runs where the last one stood."""
         module, (source,) = self._modules[node.target], node.args
-        norm = residual = None
         epilogue, end = "identity", node
+        norm: Any = None  # torch.fx types a node's target and arguments as a union of twenty types
+        user: Any
+        residual: str | None = None
         while (user := self._only_user(end)) is not None:
             if norm is None and residual is None and self._foldable(user, module):
                 norm = user.target
@@ -293,13 +300,15 @@ class _Builder:
         reads = any(n.op == "get_attr" and n.target in self._parameters for n in node.all_input_nodes)
         if node.op == "call_module":
             reads = reads or any(True for _ in self._modules[node.target].parameters())
+        args: Any
+        kwargs: Any
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), _value)
         return Call(
             output=node.name, op=node.op, target=node.target, args=args, kwargs=dict(kwargs), reads_parameters=reads
         )
 
 
-def _value(node: fx.Node) -> Value:
+def _value(node: Any) -> Any:
     return Value(node.target, is_state=True) if node.op == "get_attr" else Value(node.name)
 
 

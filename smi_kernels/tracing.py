@@ -94,11 +94,11 @@ class _Stand(fx.Proxy):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.value.dtype  # type: ignore[no-any-return]
+        return self.value.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.value.device  # type: ignore[no-any-return]
+        return self.value.device
 
     def __len__(self) -> int:
         raise NotTraceable("the forward pass depends on the number of images")

@@ -127,7 +127,7 @@ def _run_layer(runner: Runner, step: Layer, ks: range, x: Tensor, residual: Tens
         weight = weight.to(dtype, memory_format=torch.channels_last if weight.ndim == 4 else torch.contiguous_format)
         if isinstance(module, nn.Linear):
             return F.linear(h, weight)
-        padding = zero_padding(module)  # type: ignore[arg-type]
+        padding = zero_padding(module)
         # What follows is a sum of few terms: in float32, so that it is rounded once.
         return F.conv2d(h, weight, None, module.stride, padding, module.dilation).to(wide)  # type: ignore[arg-type]
 

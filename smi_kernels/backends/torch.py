@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from smi_kernels.backends import reference, shared
 from smi_kernels.backends.loop import score_draws
+from smi_kernels.backends.prepared import Folded, Prepared, prepares
 from smi_kernels.epilogues import epilogues
 from smi_kernels.folding import fold
 from smi_kernels.layers import layers, zero_padding
@@ -63,10 +64,6 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=5)
 
 
-Weights = dict[str, tuple[Tensor, Tensor | None]]
-"""Layer name to folded weight and bias, in the format that the layer runs in."""
-
-
 class Runner:
     """A planned model with the weights of any draw; a `Scorer`."""
 
@@ -80,11 +77,18 @@ class Runner:
         """Whether any parameter gets noise."""
         return self.perturbed.has_noise
 
-    def weights(self, k: int | None) -> tuple[dict[str, Tensor], Weights]:
-        """State by name, and folded weights by layer, of draw k."""
+    def weights(self, k: int | None) -> tuple[dict[str, Tensor], Folded]:
+        """State by name, and folded weights by layer, of draw k; of the unperturbed model for None."""
+        if k is not None and prepares(self.request):
+            state = self.perturbed.state(k) if self.plan.reads_parameters else self.perturbed.clean
+            return self.perturbed.with_shared(state), self._prepared.weights(k)
         state = self.perturbed.with_shared(self.perturbed.clean if k is None else self.perturbed.state(k))
         folded = {step.output: self._folded(step, state) for step, _ in self.plan.steps if isinstance(step, Layer)}
         return state, folded
+
+    @functools.cached_property
+    def _prepared(self) -> Prepared:
+        return Prepared(self.modules, self.plan, self.perturbed, self.request, self.layer_dtype)
 
     def layer_dtype(self, layer: Layer) -> torch.dtype:
         """The format in which a layer multiplies."""
@@ -98,7 +102,7 @@ class Runner:
         memory = torch.channels_last if weight.ndim == 4 else torch.contiguous_format
         return weight.to(self.layer_dtype(layer), memory_format=memory), bias
 
-    def logits(self, images: Tensor, weights: tuple[dict[str, Tensor], Weights], *, perturbed: bool) -> Tensor:
+    def logits(self, images: Tensor, weights: tuple[dict[str, Tensor], Folded], *, perturbed: bool) -> Tensor:
         """Logits ``[n, C]`` in the working dtype."""
         state, folded = weights
 
@@ -176,9 +180,10 @@ def _onednn_conv(
     op = torch.ops.mkldnn._convolution_pointwise
     shape = (zero_padding(module), module.stride, module.dilation, module.groups)
     if residual is None:
-        return op(x, weight, bias, *shape, activation, [], "")  # type: ignore[no-any-return]
+        return op(x, weight, bias, *shape, activation, [], "")
     unary = None if activation == "none" else activation
-    return op.binary(x, residual, weight, bias, *shape, "add", 1.0, unary, [], "")  # type: ignore[no-any-return]
+    bias = bias.to(x.dtype) if bias is not None else None  # this overload does not mix formats
+    return op.binary(x, residual, weight, bias, *shape, "add", 1.0, unary, [], "")
 
 
 @functools.cache
@@ -196,4 +201,4 @@ def _has_onednn(device: str, dtype: torch.dtype) -> bool:
         found = _onednn_conv(module, x, weight, bias, residual, "relu")
     except (AttributeError, RuntimeError, TypeError):
         return False
-    return torch.allclose(found.float(), expected, rtol=0.02, atol=0.05)
+    return torch.allclose(found.float(), expected, rtol=0.02, atol=0.1)

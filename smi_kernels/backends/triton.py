@@ -8,6 +8,7 @@ Rademacher noise needs no scratch: its signs are expanded inside the product. Th
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 from smi_kernels import ops  # noqa: F401  registers torch.ops.smi_kernels
 from smi_kernels.backends.loop import score_draws
 from smi_kernels.backends.torch import Runner, plan_or_warn
-from smi_kernels.configs import prefers_library
+from smi_kernels.configs import fits_kernel, prefers_library
 from smi_kernels.divergences import divergences
 from smi_kernels.epilogues import epilogues
 from smi_kernels.folding import fold
@@ -37,9 +38,13 @@ ACTIVATIONS = 2 << 30
 """Bytes of activations of a group of draws, about: a few of the largest values live at once."""
 
 
+MOST_DRAWS = 1 << 15
+"""Draws of a group at most: a grid of CUDA has 65535 programs along its third axis."""
+
+
 def supports(model: nn.Module, request: Request) -> bool:
     """Models with a plan, on CUDA (or in the interpreter), in 32 bits at most, with noise that has Triton twins."""
-    if not (request.images.is_cuda or interpreting()) or request.dtype == torch.float64:
+    if not _runs_triton(request.images.device) or request.dtype == torch.float64:
         return False
     twins = (request.family.kernel, request.input_family.kernel, request.divergence.kernel)
     if None in twins or request.input_family.structure != INDEPENDENT:
@@ -49,6 +54,13 @@ def supports(model: nn.Module, request: Request) -> bool:
     except NotTraceable:
         return False
     return True
+
+
+def _runs_triton(device: torch.device) -> bool:
+    """Whether Triton is installed (it is for Linux alone) and compiles for the device: from compute capability 8.0."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    return interpreting() or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0))
 
 
 def scores(model: nn.Module, request: Request) -> Tensor:
@@ -80,6 +92,10 @@ class _Job:
     moves: bool
 
 
+class _NotBatchFirst(Exception):
+    """A value's first dimension is not the images': draws cannot be run as further images."""
+
+
 class _KernelRunner:
     def __init__(self, model: nn.Module, plan: Plan, request: Request) -> None:
         self.torch = Runner(model, plan, request)
@@ -89,6 +105,11 @@ class _KernelRunner:
         self._seed = (request.seed & 0xFFFFFFFF, request.seed >> 32)
         self._family = families.name_of(request.family)
         self._scratch: Tensor | None = None
+        steps = [step for step, _ in plan.steps]
+        self._shares_images = all(isinstance(s, Layer) for s in steps if plan.image in reads_of(s))
+        self._of_images = _dependents(plan)
+        self._rows: dict[str, int] = {}
+        self._together = not any(isinstance(s, Call) and s.reads_parameters and not self._by_image(s) for s in steps)
 
     def scores(self, reduce: str) -> Tensor:
         request = self.request
@@ -98,8 +119,9 @@ class _KernelRunner:
         parts = []
         for start in range(0, len(images), request.chunk):
             part = images[start : start + request.chunk]
-            clean = self._logits(part, 0, 1, moves=False)[0]
+            clean = self._logits(part, 0, 1, moves=False)
             check_logits(clean, request, len(part), perturbed=False)
+            clean = clean.float().contiguous()
             noisy = self._noisy(part) if self._moves else clean.expand(request.k, *clean.shape).contiguous()
             own = labels[start : start + request.chunk] if labels is not None else None
             parts.append(torch.ops.smi_kernels.score_logits(clean, noisy, own, name, reduce))
@@ -111,22 +133,29 @@ class _KernelRunner:
 
     def _noisy(self, images: Tensor) -> Tensor:
         """Logits of all draws, ``[K, N, C]``."""
-        group, k = self._group(len(images)), self.request.k
-        logits = [self._logits(images, first, min(group, k - first), moves=True) for first in range(0, k, group)]
-        for part in logits:
-            check_logits(part.flatten(0, 1), self.request, part.shape[0] * part.shape[1], perturbed=True)
-        return torch.cat(logits)
+        n, k = len(images), self.request.k
+        try:
+            group = self._group(n)
+            logits = [self._logits(images, first, min(group, k - first), moves=True) for first in range(0, k, group)]
+        except _NotBatchFirst:
+            self._together = False
+            return self._noisy(images)
+        for part in logits:  # only now, because it waits for the device
+            check_logits(part, self.request, len(part), perturbed=True)
+        return torch.cat(logits).float().unflatten(0, (k, n))
 
     def _group(self, n: int) -> int:
         """Draws that are run at once."""
+        if not self._together:
+            return 1
         sizes = [self.clean[f"{s.module}.weight"].numel() for s, _ in self.plan.steps if isinstance(s, Layer)]
         by_weight = SCRATCH // (2 * max(sizes, default=1))
         by_activation = ACTIVATIONS // (4 * 3 * n * self.plan.largest)
         # Even numbers keep the two draws of an antithetic pair together.
-        return max(1, min(self.request.k, by_weight // 2 * 2, by_activation // 2 * 2))
+        return max(1, min(self.request.k, by_weight // 2 * 2, by_activation // 2 * 2, MOST_DRAWS))
 
     def _logits(self, images: Tensor, first: int, draws: int, *, moves: bool) -> Tensor:
-        """Logits ``[draws, N, C]`` of draws ``first`` on, or of the unperturbed model."""
+        """Logits ``[draws·N, C]`` of draws ``first`` on, or of the unperturbed model."""
         vectors = self._vectors(first, draws) if moves else {}
         n = len(images)
         if moves and self.request.sigma_x > 0:
@@ -135,7 +164,8 @@ class _KernelRunner:
                 images, self.request.sigma_x, family, first, draws, *self._seed, self.request.antithetic, torch.float32
             )
         else:
-            x = images.contiguous(memory_format=torch.channels_last)
+            x = images if self._shares_images else images.repeat(draws, 1, 1, 1)
+            x = x.contiguous(memory_format=torch.channels_last)
 
         def layer(step: Layer, x: Tensor, residual: Tensor | None) -> Tensor:
             return self._layer(step, x, residual, vectors, first, draws, n, moves)
@@ -144,8 +174,7 @@ class _KernelRunner:
             return self._call(step, values, first, draws, n, moves)
 
         with torch.autocast(images.device.type, enabled=False):
-            logits = self.plan.run(x, layer, call)
-        return _all_draws(logits, draws, n).float().unflatten(0, (draws, n)).contiguous()
+            return self.plan.run(x, layer, call)
 
     def _vectors(self, first: int, draws: int) -> dict[str, Tensor]:
         """Parameters of one dimension in a group of draws, ``[draws, rows]``, drawn in one launch."""
@@ -183,7 +212,9 @@ class _KernelRunner:
         memory = torch.channels_last if x.ndim == 4 else torch.contiguous_format
         x = x.to(dtype).contiguous(memory_format=memory)
         if residual is not None:
-            residual = _all_draws(residual, draws, n).to(out_dtype).contiguous(memory_format=memory)
+            if residual.shape[0] == n and draws > 1:  # the images themselves, which the draws share
+                residual = residual.repeat(draws, *[1] * (residual.ndim - 1))
+            residual = residual.to(out_dtype).contiguous(memory_format=memory)
         epilogue = step.epilogue if epilogues[step.epilogue].kernel is not None else "identity"
         job = _Job(step, module, x, residual, scale, bias, first, draws, shared, out_dtype, epilogue, moves)
         y = self._product(job)
@@ -192,17 +223,17 @@ class _KernelRunner:
     def _product(self, job: _Job) -> Tensor:
         name = f"{job.step.module}.weight"
         theta, std = self.clean[name], self.perturbed.std(name) if job.moves else 0.0
-        if self._family == "rademacher" and std > 0:
+        if self._family == "rademacher" and std > 0 and fits_kernel(job.module):
             return self._signs(job, theta, std, name)
         weight = self._weights(job, theta, std, name)
         if isinstance(job.module, nn.Linear):
-            return torch.ops.smi_kernels.perturbed_linear(  # type: ignore[no-any-return]
+            return torch.ops.smi_kernels.perturbed_linear(
                 job.x, weight.squeeze(2), job.bias, job.residual, job.draws, job.epilogue, job.shared, job.out_dtype
             )
         kernel, geometry = list(theta.shape[2:]), _geometry(job.module)
         if prefers_library(job.x, theta, job.draws, job.module):
             return _library_conv(job, weight.unflatten(2, kernel).permute(0, 1, 4, 2, 3))
-        return torch.ops.smi_kernels.perturbed_conv(  # type: ignore[no-any-return]
+        return torch.ops.smi_kernels.perturbed_conv(
             job.x, weight, job.bias, job.residual, job.draws, kernel, *geometry, job.epilogue, job.shared,
             job.out_dtype,
         )  # fmt: skip
@@ -212,12 +243,12 @@ class _KernelRunner:
         end = (job.epilogue, job.shared, job.out_dtype)
         args = (job.x, theta, job.scale, job.bias, job.residual, *noise)
         if isinstance(job.module, nn.Linear):
-            return torch.ops.smi_kernels.perturbed_linear_signs(*args, *end)  # type: ignore[no-any-return]
-        return torch.ops.smi_kernels.perturbed_conv_signs(*args, *_geometry(job.module), *end)  # type: ignore[no-any-return]
+            return torch.ops.smi_kernels.perturbed_linear_signs(*args, *end)
+        return torch.ops.smi_kernels.perturbed_conv_signs(*args, *_geometry(job.module), *end)
 
     def _weights(self, job: _Job, theta: Tensor, std: float, name: str) -> Tensor:
         """The group's weights of one layer, ``[draws, rows, taps, channels]``, in the scratch."""
-        rows, channels, *kernel = theta.shape
+        rows, channels = theta.shape[:2]
         taps = theta[0, 0].numel()
         out = self._room(job.draws * theta.numel(), job.x).view(job.draws, rows, taps, channels)
         left = right = None
@@ -242,18 +273,42 @@ class _KernelRunner:
         return self._scratch[:size].view(like.dtype)
 
     def _call(self, step: Call, values: Mapping[str, Any], first: int, draws: int, n: int, moves: bool) -> Any:
-        read = {name: values[name] for name in reads_of(step)}
-        if not step.reads_parameters or not moves:
-            tensors = [v for v in read.values() if isinstance(v, Tensor) and v.ndim]
-            if any(v.shape[0] == draws * n for v in tensors):
-                read = {key: _all_draws(v, draws, n) for key, v in read.items()}
-            return self.torch.run_call(step, read, self.clean)
-        outputs = []
-        for j in range(draws):
-            state = self.perturbed.with_shared(self.perturbed.state(first + j))
-            mine = {key: _all_draws(v, draws, n)[j * n : (j + 1) * n] for key, v in read.items()}
-            outputs.append(self.torch.run_call(step, mine, state))
-        return torch.cat(outputs)
+        if draws > 1 and self._by_image(step):
+            outputs = []
+            for j in range(draws):
+                state = self.perturbed.with_shared(self.perturbed.state(first + j)) if moves else self.clean
+                mine = {name: values[name].chunk(draws)[j] for name in reads_of(step)}
+                outputs.append(self.torch.run_call(step, mine, state))
+            result = torch.cat(outputs)
+        else:
+            state = self.clean
+            if moves and step.reads_parameters:
+                state = self.perturbed.with_shared(self.perturbed.state(first))
+            result = self.torch.run_call(step, values, state)
+        if isinstance(result, Tensor) and step.output in self._of_images:
+            rows = result.shape[0] if result.ndim else 0
+            if draws == 1:
+                self._rows[step.output] = rows
+            elif rows == 0 or rows != draws * self._rows[step.output]:
+                raise _NotBatchFirst
+        return result
+
+    def _by_image(self, step: Call) -> bool:
+        """Whether a call is of a module that takes images along the first dimension, and must see one draw at a time:
+        because its parameters move, or because it normalises by the batch."""
+        module = self.modules[step.target] if step.op == "call_module" else None
+        if type(module) not in (nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+            return False  # also for subclasses, which may do anything
+        return step.reads_parameters or getattr(module, "running_mean", module) is None
+
+
+def _dependents(plan: Plan) -> set[str]:
+    """Names of the values that depend on the images."""
+    found = {plan.image}
+    for step, _ in plan.steps:
+        if found & reads_of(step):
+            found.add(step.output)
+    return found
 
 
 def _library_conv(job: _Job, weight: Tensor) -> Tensor:
@@ -278,10 +333,3 @@ def _geometry(module: nn.Module) -> tuple[list[int], list[int], list[int], int]:
 
 def _per_draw(values: Tensor | None, draws: int) -> Tensor | None:
     return None if values is None else values.expand(draws, values.shape[-1]).contiguous()
-
-
-def _all_draws(value: Any, draws: int, n: int) -> Any:
-    """A value of every draw, ``[draws·N, ...]``, of one that the draws may share."""
-    if not isinstance(value, Tensor) or value.ndim == 0 or draws == 1 or value.shape[0] != n:
-        return value
-    return value.repeat(draws, *[1] * (value.ndim - 1))

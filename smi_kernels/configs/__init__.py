@@ -44,10 +44,15 @@ def features(x: Tensor, weight: Tensor, draws: int, groups: int) -> dict[str, fl
     }
 
 
+def fits_kernel(module: nn.Module) -> bool:
+    """Whether our convolution can run a layer: it keeps one bit for each row and column of taps in 32 bits."""
+    return not isinstance(module, nn.Conv2d) or max(module.kernel_size) <= 32
+
+
 def prefers_library(x: Tensor, weight: Tensor, draws: int, module: nn.Module) -> bool:
     """Whether the vendor's library is expected to be faster for a layer than our convolution.
 
-    Grouped convolutions always go to the library: ours multiplies blocks of 16 channels at least. For others the
+    Groups of few channels always go to the library: ours multiplies blocks of 16 at least. For others the
     nearest measured shape decides (Euclidean distance of `features`), and ours where nothing was measured.
 
     Args:
@@ -57,7 +62,7 @@ def prefers_library(x: Tensor, weight: Tensor, draws: int, module: nn.Module) ->
         module: the `nn.Conv2d`.
     """
     assert isinstance(module, nn.Conv2d)
-    if module.groups > 1 and weight.shape[1] < 16:
+    if (module.groups > 1 and weight.shape[1] < 16) or not fits_kernel(module):
         return True
     name = torch.cuda.get_device_name(x.device) if x.is_cuda else "default"
     table = load(name)["convolutions"]

@@ -14,6 +14,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -34,6 +35,15 @@ class Stream(ctypes.Structure):
     _fields_ = [(name, ctypes.c_uint32) for name in ("tensor", "draw", "stream", "key_low", "key_high")]
 
 
+class Weight(ctypes.Structure):
+    """A weight ``[rows, channels, taps]``, how it is scaled and by how much it is perturbed."""
+
+    _fields_ = [
+        ("theta", ctypes.c_void_p), ("scale", ctypes.c_void_p), ("channels", ctypes.c_int64), ("taps", ctypes.c_int64),
+        ("std", ctypes.c_float),
+    ]  # fmt: skip
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The library, built and loaded; None where that is impossible or was not wanted."""
@@ -50,6 +60,14 @@ def library() -> ctypes.CDLL | None:
         function = getattr(loaded, name)
         function.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint32, Stream, ctypes.c_float)
         function.restype = None
+    loaded.perturb_weight.argtypes = (
+        ctypes.c_void_p, ctypes.c_int, ctypes.c_int, Weight, ctypes.c_int64, ctypes.c_int64, Stream, ctypes.c_float
+    )  # fmt: skip
+    loaded.perturb_weight.restype = ctypes.c_int
+    loaded.perturb_vectors.argtypes = (
+        *[ctypes.c_void_p] * 5, ctypes.c_int64, ctypes.c_int, Stream, ctypes.c_float
+    )  # fmt: skip
+    loaded.perturb_vectors.restype = None
     return loaded
 
 
@@ -108,15 +126,62 @@ def fill(out: Tensor, function: str, per_counter: int, first: int, stream: Strea
         sign: +1 or −1, a factor.
     """
     run, size, address = getattr(library(), function), out.numel(), out.data_ptr()
-    threads = min(torch.get_num_threads(), size // _SHARE + 1)
+    _split(
+        size,
+        size,
+        128,  # whole counters, whatever the family
+        lambda s, end: run(address + 4 * s, end - s, first + s // per_counter, stream, sign),
+    )
+
+
+def perturb_weight(
+    theta: Tensor, out: Tensor, std: float, scale: Tensor | None, function: str, stream: Stream, sign: float
+) -> None:
+    """(θ + σ noise) · scale in the memory order of channels_last; ``library()`` must not be None.
+
+    Args:
+        theta: float32 ``[rows, channels, *kernel]`` or ``[rows, channels]``, contiguous, on the CPU.
+        out: as many elements, bfloat16 or float32; for a convolution in channels_last order. Overwritten.
+        std: σ ≥ 0.
+        scale: float32 ``[rows]``, contiguous, or None.
+        function: name of a family's function in the C source.
+        stream: the words of the counters other than the first, and the key.
+        sign: +1 or −1, a factor of the noise.
+    """
+    rows, channels = theta.shape[:2]
+    weight = Weight(theta.data_ptr(), scale.data_ptr() if scale is not None else None, channels, theta[0, 0].numel(), std)
+    low, signs = int(out.dtype == torch.bfloat16), int(function == "rademacher")
+    run, address = library().perturb_weight, out.data_ptr()  # type: ignore[union-attr]
+
+    def part(first: int, last: int) -> None:
+        if not run(address, low, signs, weight, first, last, stream, sign):
+            raise MemoryError("No memory for the noise of a layer.")
+
+    _split(rows, theta.numel(), 1, part)
+
+
+def perturb_vectors(
+    theta: Tensor, out: Tensor, sizes: Tensor, tensors: Tensor, stds: Tensor, function: str, stream: Stream, sign: float
+) -> None:
+    """θ + σ noise for several small tensors that lie one after the other; ``library()`` must not be None.
+
+    Args:
+        theta: float32 ``[total]``.
+        out: likewise; overwritten.
+        sizes, tensors, stds: elements (int64), id (int32, its bits) and σ (float32) of each tensor, ``[T]``.
+        function, stream, sign: as for `perturb_weight`; the stream's tensor id is not used.
+    """
+    addresses = (t.data_ptr() for t in (out, theta, sizes, tensors, stds))
+    library().perturb_vectors(*addresses, len(sizes), int(function == "rademacher"), stream, sign)  # type: ignore[union-attr]
+
+
+def _split(size: int, elements: int, unit: int, run: Callable[[int, int], object]) -> None:
+    """Call ``run(start, end)`` for parts of range(size), in multiples of ``unit``, by as many threads as pay."""
+    threads = min(torch.get_num_threads(), elements // _SHARE + 1)
     if threads == 1:
-        run(address, size, first, stream, sign)
+        run(0, size)
         return
-    step = -(-size // threads // 128) * 128  # whole counters, whatever the family
-    starts = range(0, size, step)
-    jobs = [
-        _workers().submit(run, address + 4 * s, min(step, size - s), first + s // per_counter, stream, sign)
-        for s in starts
-    ]
+    step = -(-size // threads // unit) * unit
+    jobs = [_workers().submit(run, start, min(start + step, size)) for start in range(0, size, step)]
     for job in jobs:
         job.result()

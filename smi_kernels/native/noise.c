@@ -1,10 +1,12 @@
-/* Unit noise from Philox-4x32-10 counters: the twin in C of smi_kernels/philox.py and noise.py, bit for bit.
+/* Unit noise from Philox-4x32-10 counters, and weights perturbed by it: the twin in C of smi_kernels/philox.py,
+ * noise.py and triton/perturb_weight.py, bit for bit.
  *
  * Only correctly rounded operations are used and none may be fused: compile with -ffp-contract=off. Loops have no
  * branches, so that a compiler turns them into vector instructions.
  */
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 #define BLOCK 256 /* counters at a time: their words stay in the first-level cache */
@@ -13,9 +15,9 @@ struct stream {
     uint32_t tensor, draw, stream, key_low, key_high;
 };
 
-static void philox(uint32_t words[4][BLOCK], uint32_t first, const struct stream *s)
+static void philox(uint32_t words[4][BLOCK], int count, uint32_t first, const struct stream *s)
 {
-    for (int i = 0; i < BLOCK; i++) {
+    for (int i = 0; i < count; i++) {
         uint32_t c0 = first + (uint32_t)i, c1 = s->tensor, c2 = s->draw, c3 = s->stream;
         uint32_t k0 = s->key_low, k1 = s->key_high;
         for (int round = 0; round < 10; round++) {
@@ -75,22 +77,25 @@ static inline void normals(float radius, float angle, float *first, float *secon
     *second = r * (quarter & 2 ? -up : up);
 }
 
+static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 /* out[0 .. size): elements 4·first onwards, times sign (+1 or −1). */
 void gaussian(float *out, int64_t size, uint32_t first, struct stream s, float sign)
 {
     uint32_t words[4][BLOCK];
     float values[4 * BLOCK];
     for (int64_t start = 0; start < size; start += 4 * BLOCK, first += BLOCK) {
-        philox(words, first, &s);
-        for (int i = 0; i < BLOCK; i++) {
+        int64_t rest = least(size - start, 4 * BLOCK);
+        int count = (int)(rest + 3) / 4;
+        philox(words, count, first, &s);
+        for (int i = 0; i < count; i++) {
             float a, b, c, d;
             normals(uniform(words[0][i]), uniform(words[1][i]), &a, &b);
             normals(uniform(words[2][i]), uniform(words[3][i]), &c, &d);
             values[4 * i] = sign * a, values[4 * i + 1] = sign * b;
             values[4 * i + 2] = sign * c, values[4 * i + 3] = sign * d;
         }
-        int64_t rest = size - start;
-        memcpy(out + start, values, 4 * (rest < 4 * BLOCK ? rest : 4 * BLOCK));
+        memcpy(out + start, values, 4 * (size_t)rest);
     }
 }
 
@@ -99,14 +104,81 @@ void rademacher(float *out, int64_t size, uint32_t first, struct stream s, float
 {
     uint32_t words[4][BLOCK];
     for (int64_t start = 0; start < size; start += 128 * BLOCK, first += BLOCK) {
-        philox(words, first, &s);
-        int64_t rest = size - start < 128 * BLOCK ? size - start : 128 * BLOCK;
+        int64_t rest = least(size - start, 128 * BLOCK);
+        philox(words, (int)(rest + 127) / 128, first, &s);
         for (int64_t j = 0; j < rest; j += 32) {
             uint32_t word = words[j % 128 / 32][j / 128];
             float values[32];
             for (int bit = 0; bit < 32; bit++)
                 values[bit] = sign * (1.0f - 2.0f * (float)((word >> bit) & 1));
-            memcpy(out + start + j, values, 4 * (rest - j < 32 ? rest - j : 32));
+            memcpy(out + start + j, values, 4 * (size_t)least(rest - j, 32));
+        }
+    }
+}
+
+static inline uint16_t bfloat16(float value)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16; /* to nearest, ties to even */
+    return (bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : (uint16_t)rounded;
+}
+
+typedef void family(float *, int64_t, uint32_t, struct stream, float);
+
+struct weight {
+    const float *theta; /* [rows, channels, taps] */
+    const float *scale; /* [rows], or NULL for 1 */
+    int64_t channels, taps;
+    float std;
+};
+
+/* out[r, t, c] = (theta[r, c, t] + std · noise) · scale[r] for rows first_row .. last_row; out in bfloat16 or float32.
+ * out points to the whole weight. Returns 0 if there was no memory, else 1. */
+int perturb_weight(void *out, int is_bfloat16, int is_rademacher, struct weight w, int64_t first_row,
+                   int64_t last_row, struct stream s, float sign)
+{
+    family *draw = is_rademacher ? rademacher : gaussian;
+    int64_t per_counter = is_rademacher ? 128 : 4, columns = w.channels * w.taps;
+    int64_t group = 4096 / columns + 1; /* rows at a time: their noise stays in cache */
+    float *noise = malloc(4 * (size_t)(group * columns + per_counter));
+    if (noise == NULL)
+        return 0;
+    for (int64_t row = first_row; row < last_row; row += group) {
+        int64_t rows = least(group, last_row - row), start = row * columns, skip = start % per_counter;
+        draw(noise, rows * columns + skip, (uint32_t)(start / per_counter), s, sign);
+        for (int64_t r = 0; r < rows; r++) {
+            const float *theta = w.theta + start + r * columns, *own = noise + skip + r * columns;
+            float scale = w.scale == NULL ? 1.0f : w.scale[row + r];
+            uint16_t *low = (uint16_t *)out + start + r * columns;
+            float *full = (float *)out + start + r * columns;
+            for (int64_t t = 0; t < w.taps; t++, low += w.channels, full += w.channels) {
+                if (is_bfloat16)
+                    for (int64_t c = 0; c < w.channels; c++)
+                        low[c] = bfloat16((theta[c * w.taps + t] + w.std * own[c * w.taps + t]) * scale);
+                else
+                    for (int64_t c = 0; c < w.channels; c++)
+                        full[c] = (theta[c * w.taps + t] + w.std * own[c * w.taps + t]) * scale;
+            }
+        }
+    }
+    free(noise);
+    return 1;
+}
+
+/* out = theta + std · noise for tensors that lie one after the other, each with its own id and std. */
+void perturb_vectors(float *out, const float *theta, const int64_t *sizes, const uint32_t *tensors, const float *stds,
+                     int64_t count, int is_rademacher, struct stream s, float sign)
+{
+    family *draw = is_rademacher ? rademacher : gaussian;
+    float noise[512]; /* whole counters, whatever the family */
+    for (int64_t i = 0; i < count; out += sizes[i], theta += sizes[i], i++) {
+        s.tensor = tensors[i];
+        for (int64_t start = 0; start < sizes[i]; start += 512) {
+            int64_t rest = least(sizes[i] - start, 512);
+            draw(noise, rest, (uint32_t)(start / (is_rademacher ? 128 : 4)), s, sign);
+            for (int64_t j = 0; j < rest; j++)
+                out[start + j] = theta[start + j] + stds[i] * noise[j];
         }
     }
 }

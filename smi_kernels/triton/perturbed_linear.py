@@ -28,34 +28,40 @@ from smi_kernels.triton import (
     writable,
 )
 from smi_kernels.triton.epilogues import finish
+from smi_kernels.triton.layer_shapes import Tile, capability
 from smi_kernels.triton.noise import philox_words
 from smi_kernels.triton.pack_signs import perturb_by_sign, rounding
 
 SIGN_BLOCK = 128
 """Features of a tile whose signs are drawn: one counter's."""
 
-_TILES: dict[bool, list[tuple[int, int, dict[str, int]]]] = {
-    False: [
+_TILES: dict[str, list[tuple[int, int, Tile]]] = {
+    "half": [
         (512, 65, {"block_m": 128, "block_o": 128, "block_k": 64, "num_warps": 8, "num_stages": 3}),
         (33, 33, {"block_m": 64, "block_o": 64, "block_k": 64, "num_warps": 4, "num_stages": 3}),
         (33, 0, {"block_m": 64, "block_o": 16, "block_k": 64, "num_warps": 4, "num_stages": 3}),
         (0, 0, {"block_m": 16, "block_o": 64, "block_k": 64, "num_warps": 4, "num_stages": 3}),
     ],
-    True: [
-        (33, 33, {"block_m": 64, "block_o": 64, "block_k": 32, "num_warps": 8, "num_stages": 2}),
-        (0, 0, {"block_m": 32, "block_o": 32, "block_k": 32, "num_warps": 4, "num_stages": 2}),
-    ],
-}
-"""For 16-bit and for float32 x: least rows, least outputs, tile; the first that fits is taken."""
-
-_SIGN_TILES: dict[bool, list[tuple[int, int, dict[str, int]]]] = {
-    False: [
+    "half, signs": [
         (33, 33, {"block_m": 64, "block_o": 64, "num_warps": 4, "num_stages": 3}),
         (33, 0, {"block_m": 64, "block_o": 16, "num_warps": 4, "num_stages": 3}),
         (0, 0, {"block_m": 16, "block_o": 64, "num_warps": 4, "num_stages": 3}),
     ],
-    True: [(0, 0, {"block_m": 32, "block_o": 32, "num_warps": 4, "num_stages": 2})],
+    "float32": [
+        (33, 33, {"block_m": 64, "block_o": 64, "block_k": 32, "num_warps": 8, "num_stages": 2}),
+        (0, 0, {"block_m": 32, "block_o": 32, "block_k": 32, "num_warps": 4, "num_stages": 2}),
+    ],
+    "float32, signs": [
+        (0, 0, {"block_m": 32, "block_o": 32, "num_warps": 8, "num_stages": 2, "weight_first": 1}),
+    ],
+    "before sm_80": [  # there Triton uses no tensor cores and no asynchronous copies
+        (33, 33, {"block_m": 64, "block_o": 64, "block_k": 16, "num_warps": 8, "num_stages": 2}),
+        (0, 0, {"block_m": 32, "block_o": 32, "block_k": 32, "num_warps": 4, "num_stages": 2}),
+    ],
+    "before sm_80, signs": [(0, 0, {"block_m": 16, "block_o": 16, "num_warps": 8, "num_stages": 2})],
 }
+"""Least rows, least outputs, tile; the first that fits is taken. Chosen by registers, spills (none) and instructions of
+the compiled code, not by measurement."""
 
 
 @triton.jit
@@ -142,7 +148,9 @@ def linear_kernel(
     finish(acc, scale, bias, residual, y, draw, m, o, rows, outputs, (m < rows) & (o < outputs), EPILOGUE)
 
 
-def linear_tile(m: int, o: int, f: int, dtype: torch.dtype, signs: bool = False) -> dict[str, int]:
+def linear_tile(
+    m: int, o: int, f: int, dtype: torch.dtype, signs: bool = False, capability: tuple[int, int] = (9, 0)
+) -> Tile:
     """Tile of the product and how it is launched.
 
     Args:
@@ -151,12 +159,14 @@ def linear_tile(m: int, o: int, f: int, dtype: torch.dtype, signs: bool = False)
         f: features.
         dtype: of x.
         signs: weights are perturbed in the tile.
+        capability: of the device.
 
     Returns:
-        block_m, block_o and block_k: powers of two from 16 on (block_k is 128 with ``signs``); num_warps, num_stages. A
-        tile may also have weight_first = 1, to make the weights the first factor.
+        block_m, block_o and block_k: powers of two from 16 on (block_k is 128 with ``signs``); num_warps and
+        num_stages. A tile may also have weight_first = 1, to make the weights the first factor.
     """
-    table = (_SIGN_TILES if signs else _TILES)[dtype == torch.float32]
+    kind = "before sm_80" if capability < (8, 0) else "float32" if dtype == torch.float32 else "half"
+    table = _TILES[f"{kind}, signs" if signs else kind]
     tile = next(tile for least_m, least_o, tile in table if m >= least_m and o >= least_o)
     return {**tile, "block_k": SIGN_BLOCK if signs else min(tile["block_k"], max(16, next_power_of_two(f)))}
 
@@ -289,14 +299,15 @@ def _launch(
     check_dtype("out_dtype", y, torch.float32, *LOW_PRECISION)
     if y.numel() == 0:
         return y
-    tile = tile or linear_tile(rows, outputs, features, x.dtype, signs)
+    tile = tile or linear_tile(rows, outputs, features, x.dtype, signs, capability(x))
     tiles = -(-rows // tile["block_m"]) * -(-outputs // tile["block_o"])
     with on_device(x), writable(y) as out:
         linear_kernel[(tiles, 1, draws)](
             readable(x), readable(weight), scale, bias, None if residual is None else readable(residual), out,
             std, *counter, 0 if shared else rows * features, 0 if signs else outputs * features, rows, outputs,
             FEATURES=features, SIGNS=signs, ANTITHETIC=antithetic, EPILOGUE=epilogue, ROUND=rounding(x.dtype),
-            WEIGHT_FIRST=tile.get("weight_first", 0) == 1, BLOCK_M=tile["block_m"], BLOCK_O=tile["block_o"], BLOCK_K=tile["block_k"],
+            WEIGHT_FIRST=tile.get("weight_first", 0) == 1,
+            BLOCK_M=tile["block_m"], BLOCK_O=tile["block_o"], BLOCK_K=tile["block_k"],
             num_warps=tile["num_warps"], num_stages=tile["num_stages"], enable_fp_fusion=True,
         )  # fmt: skip
     return y

@@ -56,7 +56,7 @@ def score_logits(
         _score_logits[(triton.cdiv(n, rows),)](
             clean, perturbed, labels, out, n,
             DIVERGENCE=load_kernel(divergence.kernel), REDUCTION=REDUCTIONS[reduce], K=k, CLASSES=classes,
-            CLASSES_PADDED=padded, ROWS=rows, num_warps=num_warps,
+            CLASSES_PADDED=padded, ROWS=rows, num_warps=num_warps, enable_fp_fusion=True,
         )  # fmt: skip
     return out
 

@@ -1,0 +1,45 @@
+"""Run each check file of ``interpreted`` in a process of its own, with Triton's interpreter and one thread."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent / "interpreted"
+CHECKS = sorted(FOLDER.glob("check_*.py"))
+
+pytest.importorskip("triton")
+
+
+def run_checks(path):
+    """Exit code and output of pytest on one file, under the interpreter."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-o", "python_files=check_*.py", "-p", "no:nbval"]
+    command += ["-p", "no:cacheprovider", "-q", "-rs", f"--rootdir={FOLDER}", str(path)]
+    # Standard error too, where the interpreter's own crash would be reported.
+    done = subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600
+    )
+    return done.returncode, done.stdout
+
+
+@pytest.mark.parametrize("path", CHECKS, ids=lambda path: path.stem)
+def test_interpreted_checks_pass(path):
+    code, output = run_checks(path)
+    if code != 0 or not re.search(r"\b[1-9]\d* passed", output) or "skipped" in output.splitlines()[-1]:
+        pytest.fail(f"{path.name} exited with {code}:\n{output}", pytrace=False)
+
+
+def test_there_are_checks():
+    assert {"check_noise", "check_perturb", "check_score"} <= {path.stem for path in CHECKS}
+
+
+def test_a_failing_check_is_reported(tmp_path):
+    path = tmp_path / "check_failing.py"
+    path.write_text("def test_fails():\n    assert 1 == 2\n")
+    code, output = run_checks(path)
+    assert code == 1
+    assert "1 failed" in output
