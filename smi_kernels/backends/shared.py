@@ -168,4 +168,4 @@ def _run_layer(runner: Runner, step: Layer, ks: range, x: Tensor, residual: Tens
     if residual is not None:
         y = y + residual.to(y.dtype)
     y = epilogues[step.epilogue].compute(y)
-    return y if isinstance(module, nn.Linear) else y.to(runner.request.dtype)
+    return y.to(dtype)

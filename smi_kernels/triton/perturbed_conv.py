@@ -27,8 +27,10 @@ from smi_kernels.triton import (
     writable,
 )
 from smi_kernels.triton.epilogues import finish
-from smi_kernels.triton.layer_shapes import ConvShape, Pair, Tile, capability, conv_shape
+from smi_kernels.triton.conv_shape import ConvShape, Pair, conv_shape
 from smi_kernels.triton.pack_signs import perturb_by_sign, rounding
+
+Tile = dict[str, int]
 
 _TILES: dict[str, list[tuple[int, int, Tile]]] = {
     "half": [
@@ -44,10 +46,6 @@ _TILES: dict[str, list[tuple[int, int, Tile]]] = {
     ],
     "float32": [
         (1024, 33, {"block_m": 64, "block_o": 64, "block_k": 32, "num_warps": 8, "num_stages": 2}),
-        (0, 0, {"block_m": 32, "block_o": 32, "block_k": 32, "num_warps": 4, "num_stages": 2}),
-    ],
-    "before sm_80": [  # there Triton uses no tensor cores and no asynchronous copies
-        (1024, 33, {"block_m": 64, "block_o": 64, "block_k": 16, "num_warps": 8, "num_stages": 2}),
         (0, 0, {"block_m": 32, "block_o": 32, "block_k": 32, "num_warps": 4, "num_stages": 2}),
     ],
 }
@@ -171,9 +169,7 @@ def conv_kernel(
     finish(acc, scale, bias, residual, y, draw, m, o + group * per_group, pixels, outputs, mask, EPILOGUE)
 
 
-def conv_tile(
-    m: int, o: int, c: int, dtype: torch.dtype, signs: bool = False, capability: tuple[int, int] = (9, 0)
-) -> Tile:
+def conv_tile(m: int, o: int, c: int, dtype: torch.dtype, signs: bool = False) -> Tile:
     """Tile of the product and how it is launched.
 
     Args:
@@ -182,15 +178,13 @@ def conv_tile(
         c: length of the sum that a block may span: input channels of a group, times taps if those are merged.
         dtype: of the images.
         signs: weights are perturbed in the tile.
-        capability: of the device.
 
     Returns:
         block_m, block_o and block_k: powers of two from 16 on, block_k at most 64; num_warps and num_stages. A tile
         may also have weight_first = 1, to make the weights the first factor.
     """
     kind = "float32" if dtype == torch.float32 else "half, signs" if signs else "half"
-    table = _TILES[kind if capability >= (8, 0) else "before sm_80"]
-    tile = next(tile for least_m, least_o, tile in table if m >= least_m and o >= least_o)
+    tile = next(tile for least_m, least_o, tile in _TILES[kind] if m >= least_m and o >= least_o)
     return {**tile, "block_k": min(tile["block_k"], max(16, next_power_of_two(c)))}
 
 
@@ -334,7 +328,7 @@ def _launch(
     per_group = shape.outputs // shape.groups
     merged = shape.taps > 1 and shape.channels <= 16
     length = shape.channels * (shape.taps if merged else 1)
-    tile = tile or conv_tile(shape.pixels, per_group, length, x.dtype, signs is not None, capability(x))
+    tile = tile or conv_tile(shape.pixels, per_group, length, x.dtype, signs is not None)
     tiles = -(-shape.pixels // tile["block_m"]) * -(-per_group // tile["block_o"])
     with on_device(x), writable(y) as out:
         conv_kernel[(tiles, shape.groups, shape.draws)](

@@ -28,12 +28,13 @@ from smi_kernels.triton import (
     writable,
 )
 from smi_kernels.triton.epilogues import finish
-from smi_kernels.triton.layer_shapes import Tile, capability
 from smi_kernels.triton.noise import philox_words
 from smi_kernels.triton.pack_signs import perturb_by_sign, rounding
 
 SIGN_BLOCK = 128
 """Features of a tile whose signs are drawn: one counter's."""
+
+Tile = dict[str, int]
 
 _TILES: dict[str, list[tuple[int, int, Tile]]] = {
     "half": [
@@ -54,11 +55,6 @@ _TILES: dict[str, list[tuple[int, int, Tile]]] = {
     "float32, signs": [
         (0, 0, {"block_m": 32, "block_o": 32, "num_warps": 8, "num_stages": 2, "weight_first": 1}),
     ],
-    "before sm_80": [  # there Triton uses no tensor cores and no asynchronous copies
-        (33, 33, {"block_m": 64, "block_o": 64, "block_k": 16, "num_warps": 8, "num_stages": 2}),
-        (0, 0, {"block_m": 32, "block_o": 32, "block_k": 32, "num_warps": 4, "num_stages": 2}),
-    ],
-    "before sm_80, signs": [(0, 0, {"block_m": 16, "block_o": 16, "num_warps": 8, "num_stages": 2})],
 }
 """Least rows, least outputs, tile; the first that fits is taken. Chosen by registers, spills (none) and instructions of
 the compiled code, not by measurement."""
@@ -148,9 +144,7 @@ def linear_kernel(
     finish(acc, scale, bias, residual, y, draw, m, o, rows, outputs, (m < rows) & (o < outputs), EPILOGUE)
 
 
-def linear_tile(
-    m: int, o: int, f: int, dtype: torch.dtype, signs: bool = False, capability: tuple[int, int] = (9, 0)
-) -> Tile:
+def linear_tile(m: int, o: int, f: int, dtype: torch.dtype, signs: bool = False) -> Tile:
     """Tile of the product and how it is launched.
 
     Args:
@@ -159,13 +153,12 @@ def linear_tile(
         f: features.
         dtype: of x.
         signs: weights are perturbed in the tile.
-        capability: of the device.
 
     Returns:
         block_m, block_o and block_k: powers of two from 16 on (block_k is 128 with ``signs``); num_warps and
         num_stages. A tile may also have weight_first = 1, to make the weights the first factor.
     """
-    kind = "before sm_80" if capability < (8, 0) else "float32" if dtype == torch.float32 else "half"
+    kind = "float32" if dtype == torch.float32 else "half"
     table = _TILES[f"{kind}, signs" if signs else kind]
     tile = next(tile for least_m, least_o, tile in table if m >= least_m and o >= least_o)
     return {**tile, "block_k": SIGN_BLOCK if signs else min(tile["block_k"], max(16, next_power_of_two(f)))}
@@ -299,7 +292,7 @@ def _launch(
     check_dtype("out_dtype", y, torch.float32, *LOW_PRECISION)
     if y.numel() == 0:
         return y
-    tile = tile or linear_tile(rows, outputs, features, x.dtype, signs, capability(x))
+    tile = tile or linear_tile(rows, outputs, features, x.dtype, signs)
     tiles = -(-rows // tile["block_m"]) * -(-outputs // tile["block_o"])
     with on_device(x), writable(y) as out:
         linear_kernel[(tiles, 1, draws)](

@@ -1,4 +1,4 @@
-"""Sizes of a convolution of K copies, checked before anything is launched; and what a tile depends on."""
+"""Sizes of a convolution of K copies, checked before anything is launched."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from torch import Tensor
 from smi_kernels.errors import InputError
 
 Pair = int | tuple[int, int]
-Tile = dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -85,8 +84,3 @@ def conv_shape(
         draws, images, channels // groups, outputs, (x.shape[2], x.shape[3]), (height, width),
         kernel, steps, zeros, spread, groups, shared,
     )  # fmt: skip
-
-
-def capability(x: Tensor) -> tuple[int, int]:
-    """Compute capability of x's device; (9, 0) on the CPU, so that the interpreter runs what an H200 does."""
-    return torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
