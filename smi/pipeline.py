@@ -21,7 +21,7 @@ from smi.evaluation import Comparison, Evaluator, Measurement, clean_control
 from smi.inversion import Inversion, Latent, Stabilized, invert
 from smi.priors import Prior, check_prior
 from smi.seeding import stream
-from smi.stability import KERNEL_BACKEND, Selection
+from smi.stability import Selection, kernel_backend
 
 PER_CLASS = 30
 
@@ -116,7 +116,7 @@ class Demo:
             "findings": {row.source: findings(row.repair) for row in self.rows},
             "versions": versions(),
             "threads": self.threads,
-            "kernel_backend": KERNEL_BACKEND,
+            "kernel_backend": kernel_backend(self.victim, self.samples.images, self.samples.labels),
         }
 
 

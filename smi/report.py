@@ -36,7 +36,7 @@ from smi.sections import (
     time_section,
     trigger_section,
 )
-from smi.stability import KERNEL_BACKEND, score_samples
+from smi.stability import kernel_backend, score_samples
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +82,7 @@ class Removal:
             "settings": self.settings,
             "versions": versions(),
             "threads": torch.get_num_threads(),
-            "kernel_backend": KERNEL_BACKEND,
+            "kernel_backend": kernel_backend(self.suspect, self.cleaned.samples.images, self.cleaned.samples.labels),
         }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +12,7 @@ from smi.checks import check_number, device_of, evaluating
 from smi.compute import predict
 from smi.domains.base import Samples
 from smi.errors import InputError
-from smi_kernels import stability_scores
-
-KERNEL_BACKEND = "torch"  # of smi_kernels; named here so that records say what really ran
+from smi_kernels import stability_scores, which_backend
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +42,22 @@ class Selection:
 def score_samples(model: nn.Module, samples: Samples, selection: Selection = Selection(), *, seed: int = 0) -> Tensor:
     """Stability scores float32 ``[N]`` of samples on ``model``, in eval mode. Lower is more stable."""
     with evaluating(model):
-        return stability_scores(
-            model, samples.images, samples.labels, k=selection.k, sigma_x=selection.sigma_x,
-            sigma_w=selection.sigma_w, divergence=selection.divergence, seed=seed, backend=KERNEL_BACKEND,
-        ).cpu()  # fmt: skip
+        return stability_scores(model, samples.images, samples.labels, **_options(selection), seed=seed).cpu()
+
+
+def kernel_backend(model: nn.Module, images: Tensor, labels: Tensor, selection: Selection = Selection()) -> str:
+    """Name of the backend of `smi_kernels` that scores samples such as these, for records."""
+    with evaluating(model):
+        return which_backend(model, images, labels, **_options(selection))
+
+
+def _options(selection: Selection) -> dict[str, Any]:
+    return {
+        "k": selection.k,
+        "sigma_x": selection.sigma_x,
+        "sigma_w": selection.sigma_w,
+        "divergence": selection.divergence,
+    }
 
 
 def select_stable(

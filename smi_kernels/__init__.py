@@ -6,7 +6,7 @@ from smi_kernels.errors import InputError, unknown_name
 from smi_kernels.layers import register_layer
 from smi_kernels.noise import Family
 from smi_kernels.registry import Registry
-from smi_kernels.scores import stability_scores
+from smi_kernels.scores import stability_scores, which_backend
 
 __all__ = [
     "Divergence",
@@ -17,4 +17,5 @@ __all__ = [
     "register_layer",
     "stability_scores",
     "unknown_name",
+    "which_backend",
 ]

@@ -303,8 +303,11 @@ class _Builder:
         args: Any
         kwargs: Any
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), _value)
+        target = node.target
+        if (node.op, target) == ("call_method", "view") and not kwargs and not isinstance(args[1], torch.dtype):
+            target = "reshape"  # values are channels_last, which the model's own were not: a view may not exist
         return Call(
-            output=node.name, op=node.op, target=node.target, args=args, kwargs=dict(kwargs), reads_parameters=reads
+            output=node.name, op=node.op, target=target, args=args, kwargs=dict(kwargs), reads_parameters=reads
         )
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from inspect import signature
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from smi_kernels.backends import choose_backend
+from smi_kernels.backends import backends, choose_backend
 from smi_kernels.divergences import divergences
 from smi_kernels.errors import InputError, unknown_name
 from smi_kernels.noise import families
@@ -67,12 +70,14 @@ def stability_scores(
         seed: of the noise, in [0, 2⁶⁴).
         reduce: over the draws: ``mean``, ``max``, or ``none`` for all of them, ``[N, K]``.
         dtype: ``bfloat16``, ``float16``, ``float32`` or ``float64`` (or the torch dtype) for the model's forward pass;
-            convolutions of the image and linear layers on features stay in float32 with the first two. ``auto``: float64 for a float64 model, else bfloat16 where the hardware has it, else float32. Logits and divergence
+            convolutions of the image and linear layers on features stay in float32 with the first two. ``auto``:
+            float64 for a float64 model, else bfloat16 where the hardware has it, else float32. Logits and divergence
             are float32, or float64 if that is the dtype.
         chunk: images in one forward pass, or ``auto``. Changes no noise.
         parameters: which parameters get noise: None for all, a function of the name, or names and prefixes.
         backend: ``triton`` (fused kernels, on a CUDA device), ``torch`` (any device), ``reference`` (the model as it is,
-            draw by draw), or ``auto``, the first of these that can do it. The environment variable SMI_KERNELS_BACKEND replaces ``auto``.
+            draw by draw), or ``auto``, the first of these that can do it. The environment variable
+            SMI_KERNELS_BACKEND replaces ``auto``.
 
     Returns:
         Scores ``[N]`` (``[N, K]`` for ``reduce="none"``), float32; float64 if that is the dtype.
@@ -80,6 +85,35 @@ def stability_scores(
     Raises:
         InputError: for anything that cannot be used; says what was wrong, what is allowed and what to try.
     """
+    name, request = _request(
+        model, images, labels, k=k, sigma_x=sigma_x, sigma_w=sigma_w, family=family, input_family=input_family,
+        divergence=divergence, antithetic=antithetic, seed=seed, reduce=reduce, dtype=dtype, chunk=chunk,
+        parameters=parameters, backend=backend,
+    )  # fmt: skip
+    return backends[name].scores(model, request)
+
+
+def which_backend(model: nn.Module, images: Tensor, labels: Tensor | None = None, **options: Any) -> str:
+    """Name of the backend that `stability_scores` would use with the same arguments, for records. Same errors."""
+    defaults = {name: p.default for name, p in signature(stability_scores).parameters.items() if p.kind == p.KEYWORD_ONLY}
+    return _request(model, images, labels, **(defaults | options))[0]
+
+
+def _request(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor | None,
+    *,
+    family: str,
+    input_family: str,
+    divergence: str,
+    reduce: str,
+    dtype: str | torch.dtype,
+    chunk: int | str,
+    backend: str,
+    **numbers: Any,
+) -> tuple[str, Request]:
+    """Name of the backend, and the request with names resolved."""
     load_plugins()
     check_images(images)
     check_model(model, images)
@@ -88,20 +122,15 @@ def stability_scores(
     request = Request(
         images=images,
         labels=labels,
-        k=k,
-        sigma_x=sigma_x,
-        sigma_w=sigma_w,
         family=families[family],
         input_family=families[input_family],
         divergence=divergences[divergence],
-        antithetic=antithetic,
-        seed=seed,
         dtype=resolve_dtype(dtype, model, images),
         chunk=_resolve_chunk(chunk, images),
         reduce=reduce,
-        parameters=parameters,
+        **numbers,
     )
-    return choose_backend(backend, model, request).scores(model, request)
+    return choose_backend(backend, model, request), request
 
 
 def _resolve_chunk(chunk: int | str, images: Tensor) -> int:

@@ -44,8 +44,8 @@ backends.add("torch", Backend(scores=torch_backend.scores, supports=torch_backen
 backends.add("triton", Backend(scores=triton_backend.scores, supports=triton_backend.supports, priority=10))
 
 
-def choose_backend(name: str, model: nn.Module, request: Request) -> Backend:
-    """The backend of a name, or for ``"auto"`` the best that supports the request.
+def choose_backend(name: str, model: nn.Module, request: Request) -> str:
+    """Name of the backend asked for, or for ``"auto"`` of the best that supports the request.
 
     Raises:
         InputError: for an unknown name, or a backend that does not support the request.
@@ -53,10 +53,10 @@ def choose_backend(name: str, model: nn.Module, request: Request) -> Backend:
     if name == "auto":
         name = os.environ.get(ENVIRONMENT) or "auto"
     if name == "auto":
-        ranked = sorted((backends[other] for other in backends), key=lambda b: -b.priority)
-        return next(b for b in ranked if b.supports(model, request))
+        ranked = sorted(backends, key=lambda other: -backends[other].priority)
+        return next(other for other in ranked if backends[other].supports(model, request))
     if name not in backends:
         raise unknown_name("backend", name, [*backends, "auto"])
     if not backends[name].supports(model, request):
         raise InputError(f"The backend {name!r} cannot score this model with these settings. Try backend='auto'.")
-    return backends[name]
+    return name

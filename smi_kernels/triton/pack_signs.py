@@ -129,9 +129,10 @@ def pack_signs(
     check_tensors(signs=signs)
     with on_device(signs):
         draw_words_kernel[(-(-counters // 128), draws)](
-            words, counters, as_word(tensor), first, low, high, ANTITHETIC=antithetic, BLOCK=128, num_warps=4
-        )
+            words, counters, as_word(tensor), first, low, high, ANTITHETIC=antithetic, BLOCK=128, num_warps=4,
+            enable_fp_fusion=False,
+        )  # fmt: skip
         reorder_kernel[(-(-size // 32), draws)](
-            words, signs, size, counters, CHANNELS=channels, TAPS=taps, BLOCK=32, num_warps=4
+            words, signs, size, counters, CHANNELS=channels, TAPS=taps, BLOCK=32, num_warps=4, enable_fp_fusion=False
         )
     return signs

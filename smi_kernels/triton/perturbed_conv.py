@@ -26,8 +26,8 @@ from smi_kernels.triton import (
     readable,
     writable,
 )
-from smi_kernels.triton.epilogues import finish
 from smi_kernels.triton.conv_shape import ConvShape, Pair, conv_shape
+from smi_kernels.triton.epilogues import finish
 from smi_kernels.triton.pack_signs import perturb_by_sign, rounding
 
 Tile = dict[str, int]
@@ -45,12 +45,12 @@ _TILES: dict[str, list[tuple[int, int, Tile]]] = {
         (0, 0, {"block_m": 64, "block_o": 32, "block_k": 32, "num_warps": 4, "num_stages": 3}),
     ],
     "float32": [
-        (1024, 33, {"block_m": 64, "block_o": 64, "block_k": 32, "num_warps": 8, "num_stages": 2}),
+        (1024, 33, {"block_m": 64, "block_o": 32, "block_k": 32, "num_warps": 4, "num_stages": 2}),
         (0, 0, {"block_m": 32, "block_o": 32, "block_k": 32, "num_warps": 4, "num_stages": 2}),
     ],
 }
-"""Least pixels, least output channels, tile; the first that fits is taken. Chosen by registers, spills (none on
-sm_80 and sm_90) and instructions of the compiled code, not by measurement."""
+"""Least pixels, least output channels, tile; the first that fits is taken. Chosen by registers, spills (none) and
+instructions of the compiled code, not by measurement."""
 
 
 @triton.jit

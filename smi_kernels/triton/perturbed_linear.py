@@ -49,7 +49,7 @@ _TILES: dict[str, list[tuple[int, int, Tile]]] = {
         (0, 0, {"block_m": 16, "block_o": 64, "num_warps": 4, "num_stages": 3}),
     ],
     "float32": [
-        (33, 33, {"block_m": 64, "block_o": 64, "block_k": 32, "num_warps": 8, "num_stages": 2}),
+        (33, 33, {"block_m": 64, "block_o": 32, "block_k": 32, "num_warps": 4, "num_stages": 2}),
         (0, 0, {"block_m": 32, "block_o": 32, "block_k": 32, "num_warps": 4, "num_stages": 2}),
     ],
     "float32, signs": [

@@ -15,9 +15,10 @@ from smi_kernels.divergences import Divergence, divergences
 from smi_kernels.epilogues import epilogues
 from smi_kernels.noise import Family, families
 from smi_kernels.plan import plan_of
+from smi_kernels.triton import perturbed_conv as kernels
 
-IMAGES = torch.rand(5, 2, 9, 7, generator=torch.Generator().manual_seed(0))
-LABELS = torch.tensor([0, 4, 2, 2, 1])
+IMAGES = 0.01 + 0.98 * torch.rand(3, 2, 7, 5, generator=torch.Generator().manual_seed(0))
+LABELS = torch.tensor([0, 4, 2])
 JOINT = {"k": 3, "sigma_x": 0.05, "sigma_w": 0.1, "seed": (1 << 63) + (1 << 31) + 9}
 
 
@@ -54,6 +55,21 @@ def shaken(model, seed=0):
 @pytest.fixture(scope="module")
 def small():
     return shaken(Small())
+
+
+@pytest.fixture
+def own_tiles():
+    """Leave the tiles as they are."""
+
+
+@pytest.fixture(autouse=True)
+def one_tile(request, monkeypatch):
+    """A tile that holds a draw's pixels: in the interpreter time goes by programs. What tiles there are is checked by
+    check_conv and check_perturb, and once here."""
+    if "own_tiles" in request.fixturenames:
+        return
+    tile = {"block_m": 128, "block_o": 16, "block_k": 64, "num_warps": 4, "num_stages": 2}
+    monkeypatch.setattr(kernels, "conv_tile", lambda *a: tile)
 
 
 @pytest.fixture(autouse=True)
@@ -93,9 +109,14 @@ def test_families(small, family, antithetic):
     agrees(small, family=family, input_family=other, antithetic=antithetic, **options)
 
 
+@pytest.mark.usefixtures("own_tiles")
+def test_the_tiles_of_the_kernel(small):
+    agrees(small)
+
+
 @pytest.mark.parametrize("divergence", ["cross_entropy", "flip", "margin", "total_variation"])
 def test_divergences(small, divergence):
-    agrees(small, divergence=divergence, sigma_w=0.3)
+    agrees(small, divergence=divergence, sigma_w=0.3 if divergence != "flip" else 2.0)
 
 
 def test_labels_of_another_integer_type(small):
@@ -105,13 +126,15 @@ def test_labels_of_another_integer_type(small):
 
 def test_reductions(small):
     draws, mean, worst = (ours(small, **JOINT, reduce=r) for r in ("none", "mean", "max"))
-    assert draws.shape == (5, 3)
+    assert draws.shape == (3, 3)
     assert torch.equal(mean, (draws[:, 0] + draws[:, 1] + draws[:, 2]) / 3)
     assert torch.equal(worst, draws.amax(1))
 
 
-@pytest.mark.parametrize("family", ["gaussian", "rademacher", "rank1"])
-@pytest.mark.parametrize("sigmas", [(0.05, 0), (0, 0.1)])
+@pytest.mark.parametrize(
+    ("family", "sigmas"),
+    [("gaussian", (0.05, 0)), ("gaussian", (0, 0.1)), ("rademacher", (0.05, 0)), ("rademacher", (0, 0.1))],
+)
 def test_one_kind_of_noise(small, family, sigmas):
     """Without noise on the image the draws share the images until the first layer."""
     agrees(small, family=family, sigma_x=sigmas[0], sigma_w=sigmas[1])
@@ -120,21 +143,29 @@ def test_one_kind_of_noise(small, family, sigmas):
 @pytest.mark.parametrize("reduce", ["mean", "max", "none"])
 def test_no_noise(small, reduce):
     options = JOINT | {"sigma_x": 0, "sigma_w": 0, "reduce": reduce}
-    assert torch.equal(ours(small, **options), torch.zeros((5, 3) if reduce == "none" else 5))
+    assert torch.equal(ours(small, **options), torch.zeros((3, 3) if reduce == "none" else 3))
     plain = F.cross_entropy(small(IMAGES), LABELS, reduction="none").detach()
     scores = ours(small, **options | {"reduce": "mean"}, divergence="cross_entropy")
     torch.testing.assert_close(scores, plain, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", ["gaussian", "rademacher", "flipout"])
-@pytest.mark.parametrize("parameters", ["head", ["body", "norm.weight"], lambda name: name.endswith("bias")])
+@pytest.mark.parametrize(
+    ("family", "parameters"),
+    [
+        ("gaussian", "head"),
+        ("rademacher", ["body", "norm.weight"]),
+        ("flipout", ["body", "norm.weight"]),
+        ("gaussian", lambda name: name.endswith("bias")),
+    ],
+)
 def test_parameter_filter(small, family, parameters):
     agrees(small, family=family, parameters=parameters, sigma_x=0)
 
 
-@pytest.mark.parametrize("family", ["gaussian", "rademacher", "rank1"])
+@pytest.mark.parametrize("family", ["gaussian", "rademacher"])
 def test_chunks_and_groups_change_no_bit(small, family, monkeypatch):
     options = JOINT | {"k": 6, "antithetic": True, "family": family, "reduce": "none"}
+    small = nn.Sequential(small.stem, small.body, small.norm, nn.ReLU(), nn.Flatten(), nn.Linear(210, 5)).eval()
     seen = []
     logits = triton_backend._KernelRunner._logits
 
@@ -144,14 +175,13 @@ def test_chunks_and_groups_change_no_bit(small, family, monkeypatch):
 
     monkeypatch.setattr(triton_backend._KernelRunner, "_logits", spy)
     whole = ours(small, **options)
-    assert seen == [(5, 0, 1), (5, 0, 6)]
-    assert torch.equal(ours(small, **options), whole)
+    assert seen == [(3, 0, 1), (3, 0, 6)]
     assert torch.equal(ours(small, **options, chunk=2), whole)
     largest = max(p.numel() for p in small.parameters())
     for change, groups in (
-        ({"SCRATCH": 2 * largest * 4}, [(5, 0, 1), (5, 0, 4), (5, 4, 2)]),
-        ({"ACTIVATIONS": 1}, [(5, 0, 1), *((5, k, 1) for k in range(6))]),
-        ({"MOST_DRAWS": 5}, [(5, 0, 1), (5, 0, 5), (5, 5, 1)]),
+        ({"SCRATCH": 2 * largest * 4}, [(3, 0, 1), (3, 0, 4), (3, 4, 2)]),
+        ({"ACTIVATIONS": 1}, [(3, 0, 1), *((3, k, 1) for k in range(6))]),
+        ({"MOST_DRAWS": 5}, [(3, 0, 1), (3, 0, 5), (3, 5, 1)]),
     ):
         seen.clear()
         with monkeypatch.context() as patch:
@@ -161,8 +191,9 @@ def test_chunks_and_groups_change_no_bit(small, family, monkeypatch):
         assert seen == groups
 
 
-def test_other_seeds_give_other_bits(small):
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(small):
     whole = ours(small, **JOINT)
+    assert torch.equal(ours(small, **JOINT), whole)
     for seed in (JOINT["seed"] - 1, JOINT["seed"] - (1 << 63)):
         assert not torch.equal(ours(small, **JOINT | {"seed": seed}), whole)
 
@@ -174,7 +205,7 @@ class Block(nn.Module):
         super().__init__()
         self.kind = kind
         self.a, self.b = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
-        self.head = nn.Linear(4 if kind != "flat" else 126, 3)
+        self.head = nn.Linear(4 if kind != "flat" else 70, 3)
         if kind == "prelu":
             self.act = nn.PReLU(4)
         if kind == "norm first":
@@ -186,7 +217,7 @@ class Block(nn.Module):
         if kind == "image shape":
             self.square = nn.Conv2d(2, 2, 1)
         if kind == "large kernel":
-            self.b = nn.Conv2d(4, 4, (1, 35), padding=(0, 17))
+            self.b = nn.Conv2d(4, 4, (1, 33), padding=(0, 16))
         if kind == "buffer":
             self.register_buffer("mean", torch.rand(2, 1, 1))
         if kind == "token":
@@ -212,15 +243,15 @@ class Block(nn.Module):
         if self.kind == "batch mean":
             h = h - h.mean(0, keepdim=True)
         if self.kind == "channels first":
-            h = h.permute(1, 0, 2, 3).mul(torch.arange(4.0).view(4, 1, 1, 1) if False else 2).permute(1, 0, 2, 3)
+            h = h.permute(1, 0, 2, 3).mul(2).permute(1, 0, 2, 3)
         if self.kind == "twice":
             h = F.relu(self.b(h))
         h = F.relu(self.b(h)).reshape(n, 4, -1)
         if self.kind == "pixels first":
-            # One row for each pixel and image: [63, n, 4] to [63 n, 4], which a layer takes for images.
-            return self.head(h.permute(2, 0, 1).reshape(-1, 4)).view(63, n, 3).mean(0)
+            # One row for each pixel and image: [35, n, 4] to [35 n, 4], which a layer takes for images.
+            return self.head(h.permute(2, 0, 1).reshape(-1, 4)).view(35, n, 3).mean(0)
         if self.kind == "patches":
-            return self.head(h.transpose(1, 2).reshape(-1, 4)).view(n, 63, 3).mean(1)
+            return self.head(h.transpose(1, 2).reshape(-1, 4)).view(n, 35, 3).mean(1)
         if self.kind == "wide linear":
             return self.head(h.transpose(1, 2)).mean(1)
         if self.kind == "token":
@@ -236,13 +267,20 @@ KINDS = [
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("sigma_x", [0, 0.05])
-def test_wiring(kind, sigma_x):
-    model = shaken(Block(kind))
-    plan_of(model, IMAGES)  # or else it would be the reference that is tested
-    images = IMAGES[:3] if kind != "function" else IMAGES[:4]  # as many images as channels
-    family = "rademacher" if kind in ("large kernel", "patches") else "gaussian"
-    agrees(model, images=images, labels=None, sigma_x=sigma_x, family=family)
+def test_wiring(kind):
+    model, family = shaken(Block(kind)), "rademacher" if kind in ("large kernel", "patches") else "gaussian"
+    agrees(model, labels=None, sigma_x=0, family=family)
+
+
+@pytest.mark.parametrize("kind", ["norm first", "statistics", "image shape", "channels first"])
+def test_wiring_with_noise_on_the_image(kind):
+    agrees(shaken(Block(kind)), labels=None)
+
+
+def test_as_many_images_as_draws_or_channels():
+    for n in (1, 3, 4):
+        images = torch.rand(n, 2, 7, 5, generator=torch.Generator().manual_seed(n))
+        agrees(shaken(Block("function")), images, None, sigma_x=0)
 
 
 def test_unknown_layers():
@@ -280,7 +318,7 @@ def test_gradient(small, divergence):
     for backend in ("triton", "torch"):
         x = IMAGES.clone().requires_grad_()
         scores = ours(small, x, **JOINT, divergence=divergence, backend=backend)
-        (scores * torch.arange(1.0, 6.0)).sum().backward()
+        (scores * torch.arange(1.0, 4.0)).sum().backward()
         gradients.append(x.grad)
         values.append(scores.detach())
     assert torch.equal(*gradients)
@@ -292,7 +330,7 @@ def test_gradient(small, divergence):
 
 @pytest.mark.parametrize("family", ["gaussian", "rademacher"])
 def test_bfloat16(small, family):
-    options = JOINT | {"k": 8, "family": family}
+    options = JOINT | {"k": 6, "family": family}
     expected = exact(small, **options)
     found = ours(small, **options, dtype="bfloat16")
     assert found.dtype == torch.float32
@@ -317,8 +355,6 @@ def test_the_kernels_are_used(small, monkeypatch):
     monkeypatch.setattr(F, "conv2d", lambda x, w, *a: seen.append(a[-1]) or conv(x, w, *a))
     ours(small, **JOINT)
     assert set(seen) == {2}
-    seen.clear()
-    ours(small, **JOINT, sigma_x=0.05, family="rademacher") if False else None
 
 
 def test_the_backend_is_chosen(small, monkeypatch):
@@ -378,20 +414,18 @@ def test_bad_logits(small):
 
     class Brittle(nn.Module):
         def forward(self, x):
-            total = x.sum((1, 2, 3))
-            return torch.stack([1 / (total == IMAGES.sum((1, 2, 3)).repeat(len(total) // 5)), total], dim=1)
+            return torch.stack([x.amin((1, 2, 3)).log(), x.amax((1, 2, 3))], dim=1)
 
     for net, match in (
-        (nn.Flatten(0), r"shape \(630,\) for 5 images"),
-        (nn.Identity(), r"shape \(5, 2, 9, 7\)"),
-        (nn.Sequential(nn.Flatten(), nn.Linear(126, 1)), r"shape \(5, 1\).*2 classes"),
+        (nn.Flatten(0), r"shape \(210,\) for 3 images"),
+        (nn.Identity(), r"shape \(3, 2, 7, 5\)"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(70, 1)), r"shape \(3, 1\).*2 classes"),
+        (Brittle(), "logits under noise hold NaN or infinity.*smaller"),
     ):
         with pytest.raises(InputError, match=match):
             ours(net.eval(), labels=None, **JOINT)
     with pytest.raises(InputError, match="The labels run from 0 to 4"):
-        ours(shaken(nn.Sequential(nn.Flatten(), nn.Linear(126, 3))), **JOINT)
-    with pytest.raises(InputError, match="logits under noise hold NaN or infinity"):
-        ours(shaken(nn.Sequential(nn.Flatten(), nn.Linear(126, 3))), labels=None, **JOINT | {"sigma_w": 1e38})
+        ours(shaken(nn.Sequential(nn.Flatten(), nn.Linear(70, 3))), **JOINT)
 
 
 def test_the_model_and_the_images_are_unchanged(small):
@@ -403,7 +437,8 @@ def test_the_model_and_the_images_are_unchanged(small):
 
 def test_any_layout_of_images_and_weights(small):
     whole = ours(small, **JOINT)
-    assert torch.equal(ours(small, IMAGES.contiguous(memory_format=torch.channels_last), **JOINT), whole)
-    assert torch.equal(ours(small, IMAGES.flip(0).flip(0).expand(5, 2, 9, 7).transpose(2, 3).contiguous().transpose(2, 3), **JOINT), whole)
+    transposed = IMAGES.transpose(2, 3).contiguous().transpose(2, 3)
+    assert torch.equal(ours(small, transposed, **JOINT), whole)
     model = copy.deepcopy(small).to(memory_format=torch.channels_last)
-    assert torch.equal(ours(model, **JOINT), whole)
+    images = IMAGES.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(ours(model, images, **JOINT), whole)
