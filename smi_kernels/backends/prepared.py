@@ -47,6 +47,7 @@ class Prepared:
         self._perturbed, self._family = perturbed, str(request.family.native)
         self._clean = perturbed.with_shared(perturbed.clean)
         self._layers = [(step, layer_dtype(step)) for step, _ in plan.steps if isinstance(step, Layer)]
+        self._k = request.k
         state = self._clean | self._vectors(request.k)
         self._rows = {
             step.output: fold(step, modules[step.norm] if step.norm is not None else None, state)
@@ -70,15 +71,26 @@ class Prepared:
 
     def weights(self, k: int) -> Folded:
         """Folded weights of draw k."""
-        return {step.output: self._layer(step, dtype, k) for step, dtype in self._layers}
+        made = {}
+        for step, dtype in self._layers:
+            weight, bias = self.stacked(step, range(k, k + 1), dtype)
+            made[step.output] = weight[0], None if bias is None else bias[0]
+        return made
 
-    def _layer(self, step: Layer, dtype: torch.dtype, k: int) -> tuple[Tensor, Tensor | None]:
+    def stacked(self, step: Layer, ks: range, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Folded weights ``[draws, O, ...]`` and biases ``[draws, O]`` of one layer in several draws.
+
+        Those of a draw lie as a convolution reads them best, in channels_last order.
+        """
         name = f"{step.module}.weight"
         theta, model = self._clean[name], self._perturbed
-        scale, bias = (row if row is None or row.ndim == 1 else row[k] for row in self._rows[step.output])
-        memory = torch.channels_last if theta.ndim == 4 else torch.contiguous_format
-        out = torch.empty_like(theta, dtype=dtype, memory_format=memory)
+        rows, channels, *kernel = theta.shape
+        out = torch.empty(len(ks), rows, *kernel, channels, dtype=dtype)
+        scale, bias = (None if row is None else row.expand(self._k, -1) for row in self._rows[step.output])
         std = model.std(name)
-        counters = model.counters(model.tensor_id(name) if std else 0, k)
-        native.perturb_weight(theta, out, std, scale, self._family, counters, model.sign(k))
-        return out, bias
+        tensor = model.tensor_id(name) if std else 0
+        for own, k in zip(out, ks, strict=True):
+            own_scale = None if scale is None else scale[k]
+            native.perturb_weight(theta, own, std, own_scale, self._family, model.counters(tensor, k), model.sign(k))
+        order = (0, 1, 4, 2, 3) if kernel else (0, 1, 2)
+        return out.permute(order), None if bias is None else bias[ks.start : ks.stop]

@@ -5,85 +5,38 @@ With W the unperturbed weights and h the inputs of a layer, of K draws and N ima
     rank1     (W + σ a_k b_kᵀ) h_k = W h_k + σ a_k (b_k · h_k)
     flipout   (W + σ B ∘ s_k r_kᵀ) h_k = W h_k + σ s_k ∘ B (r_k ∘ h_k)
 
-Sources: Wen, Tran and Ba, "BatchEnsemble", ICLR 2020; Wen et al., "Flipout", ICLR 2018. Draws are run together in
-groups of as many as fit into one chunk of images, so that a few images fill the machine, and memory does not grow
-with K.
+Sources: Wen, Tran and Ba, "BatchEnsemble", ICLR 2020; Wen et al., "Flipout", ICLR 2018.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smi_kernels.backends.loop import input_noise
 from smi_kernels.epilogues import epilogues
 from smi_kernels.folding import fold
 from smi_kernels.layers import zero_padding
 from smi_kernels.noise import INDEPENDENT, RANK1
-from smi_kernels.plan import Call, Layer, Plan
-from smi_kernels.reductions import reductions
-from smi_kernels.request import Request, check_logits
+from smi_kernels.plan import Layer, Plan
+from smi_kernels.request import Request
 
 if TYPE_CHECKING:
     from smi_kernels.backends.torch import Runner
 
 
-def pays(plan: Plan, modules: dict[str, nn.Module], request: Request) -> bool:
-    """Whether the draws can share the weights, and a chunk holds several draws of all images."""
-    if request.family.structure == INDEPENDENT or request.sigma_w == 0 or request.k == 1:
+def shares(plan: Plan, modules: dict[str, nn.Module], request: Request) -> bool:
+    """Whether the draws can share the weights."""
+    if request.family.structure == INDEPENDENT or request.sigma_w == 0:
         return False
-    if request.images.requires_grad and torch.is_grad_enabled():
-        return False
-    if 2 * len(request.images) > request.chunk:
-        return False
-    return all(
-        not step.reads_parameters if isinstance(step, Call) else _dense(modules[step.module]) for step, _ in plan.steps
-    )
+    return all(_dense(modules[step.module]) for step, _ in plan.steps if isinstance(step, Layer))
 
 
 def _dense(module: nn.Module) -> bool:
     return not isinstance(module, nn.Conv2d) or module.groups == 1
-
-
-@torch.no_grad()
-def scores(runner: Runner, request: Request) -> Tensor:
-    """Scores ``[N]``, or ``[N, K]`` if the request wants no reduction, in the working dtype."""
-    images = request.images.detach().to(request.working_dtype).contiguous()
-    labels = request.labels.long() if request.labels is not None else None
-    clean = runner.logits(images, runner.weights(None), perturbed=False)
-    group = max(1, request.chunk // len(images))
-    draws = []
-    for first in range(0, request.k, group):
-        ks = range(first, min(first + group, request.k))
-        for noisy in _group_logits(runner, request, images, ks):
-            draws.append(request.divergence.compute(clean, noisy, labels))
-    return reductions[request.reduce](torch.stack(draws, dim=1))
-
-
-def _group_logits(runner: Runner, request: Request, images: Tensor, ks: range) -> Tensor:
-    """Logits ``[draws, N, C]`` of a group of draws."""
-    moved = images.expand(len(ks), *images.shape)
-    if request.sigma_x > 0:
-        deltas = [input_noise(request, k) for k in ks]
-        moved = torch.stack([(images + d).clamp(0, 1) for d in deltas if d is not None])
-    state = runner.perturbed.with_shared(runner.perturbed.clean)
-
-    def layer(step: Layer, x: Tensor, residual: Tensor | None) -> Tensor:
-        return _run_layer(runner, step, ks, x, residual)
-
-    def call(step: Call, values: Mapping[str, Any]) -> Any:
-        return runner.run_call(step, values, state)
-
-    batch = moved.flatten(0, 1).contiguous(memory_format=torch.channels_last)
-    with torch.autocast(images.device.type, enabled=False):
-        logits = runner.plan.run(batch, layer, call)
-    check_logits(logits, request, len(batch), perturbed=True)
-    return logits.to(request.working_dtype).unflatten(0, (len(ks), len(images)))
 
 
 @dataclass
@@ -117,7 +70,8 @@ def _stacked(runner: Runner, name: str, ks: range) -> Tensor:
     return torch.stack([runner.perturbed.parameter(name, k) for k in ks])
 
 
-def _run_layer(runner: Runner, step: Layer, ks: range, x: Tensor, residual: Tensor | None) -> Tensor:
+def run_layer(runner: Runner, step: Layer, ks: range, x: Tensor, residual: Tensor | None) -> Tensor:
+    """See `smi_kernels.backends.together.RunLayer`."""
     model, name = runner.perturbed, f"{step.module}.weight"
     rows, dtype = _rows(runner, step, ks), runner.layer_dtype(step)
     module, std, wide = runner.modules[step.module], model.std(name), runner.request.working_dtype

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from smi_kernels.backends import reference, shared
+from smi_kernels.backends import grouped, reference, shared, together
 from smi_kernels.backends.loop import score_draws
 from smi_kernels.backends.prepared import Folded, Prepared, prepares
 from smi_kernels.epilogues import epilogues
@@ -38,8 +38,11 @@ def scores(model: nn.Module, request: Request) -> Tensor:
     if plan is None:
         return reference.scores(model, request)
     runner = Runner(model, plan, request)
-    if shared.pays(plan, runner.modules, request):
-        return shared.scores(runner, request)
+    group = together.group_size(runner, request)
+    if group > 1 and shared.shares(plan, runner.modules, request):
+        return together.scores(runner, request, group, shared.run_layer)
+    if group > 1 and prepares(request):
+        return together.scores(runner, request, group, grouped.run_layer)
     return score_draws(runner, request)
 
 
@@ -81,13 +84,14 @@ class Runner:
         """State by name, and folded weights by layer, of draw k; of the unperturbed model for None."""
         if k is not None and prepares(self.request):
             state = self.perturbed.state(k) if self.plan.reads_parameters else self.perturbed.clean
-            return self.perturbed.with_shared(state), self._prepared.weights(k)
+            return self.perturbed.with_shared(state), self.prepared.weights(k)
         state = self.perturbed.with_shared(self.perturbed.clean if k is None else self.perturbed.state(k))
         folded = {step.output: self._folded(step, state) for step, _ in self.plan.steps if isinstance(step, Layer)}
         return state, folded
 
     @functools.cached_property
-    def _prepared(self) -> Prepared:
+    def prepared(self) -> Prepared:
+        """Weights made in C, if `prepares` holds."""
         return Prepared(self.modules, self.plan, self.perturbed, self.request, self.layer_dtype)
 
     def layer_dtype(self, layer: Layer) -> torch.dtype:
@@ -122,18 +126,25 @@ class Runner:
         self, step: Layer, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None
     ) -> Tensor:
         """act(W x + b + residual), in the format of the layer."""
+        if isinstance(self.modules[step.module], nn.Linear):
+            y = F.linear(x.to(weight.dtype), weight, bias)
+            return epilogues[step.epilogue].compute(y if residual is None else y + residual)
+        return self.convolve(step, x, residual, weight, bias)
+
+    def convolve(
+        self, step: Layer, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, draws: int = 1
+    ) -> Tensor:
+        """act(W x + b + residual) for a convolution; several draws side by side are groups of it."""
         module, activation = self.modules[step.module], epilogues[step.epilogue].compute
+        padding = zero_padding(module)
+        shape = (padding, module.stride, module.dilation, draws * module.groups)
         x = x.to(weight.dtype)
-        if isinstance(module, nn.Linear):
-            y = F.linear(x, weight, bias)
-            return activation(y if residual is None else y + residual)
-        assert isinstance(module, nn.Conv2d)
         if x.requires_grad or not _has_onednn(x.device.type, x.dtype):
-            y = _conv(module, x, weight, bias)
+            y = _conv(x, weight, bias, shape)
             return activation(y if residual is None else y + residual).to(weight.dtype)
         if residual is None and step.epilogue in _ONEDNN:
-            return _onednn_conv(module, x, weight, bias, _ONEDNN[step.epilogue])
-        y = _onednn_conv(module, x, weight, bias, "none")
+            return _onednn_conv(x, weight, bias, shape, _ONEDNN[step.epilogue])
+        y = _onednn_conv(x, weight, bias, shape, "none")
         if residual is not None:
             y = y.add_(residual)  # ours alone; oneDNN's own addition rounds the bias to bfloat16
         return y.relu_() if step.epilogue == "relu" else activation(y)
@@ -174,17 +185,16 @@ _ONEDNN = {"identity": "none", "relu": "relu"}
 """Epilogues that oneDNN applies within a convolution, by its names."""
 
 
-def _onednn_conv(module: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    shape = (zero_padding(module), module.stride, module.dilation, module.groups)
+def _onednn_conv(x: Tensor, weight: Tensor, bias: Tensor | None, shape: tuple[Any, ...], activation: str) -> Tensor:
     return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *shape, activation, [], "")
 
 
-def _conv(module: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, shape: tuple[Any, ...]) -> Tensor:
     """W x + b, in float32 if W is narrower: a bias rounded to bfloat16 shifts a whole channel, and differs by draw."""
-    shape = (module.stride, zero_padding(module), module.dilation, module.groups)
+    padding, stride, *rest = shape
     if bias is None or bias.dtype == weight.dtype:
-        return F.conv2d(x, weight, bias, *shape)  # type: ignore[arg-type]
-    return F.conv2d(x, weight, None, *shape) + bias[:, None, None]  # type: ignore[arg-type]
+        return F.conv2d(x, weight, bias, stride, padding, *rest)
+    return F.conv2d(x, weight, None, stride, padding, *rest) + bias[:, None, None]
 
 
 @functools.cache
@@ -195,10 +205,10 @@ def _has_onednn(device: str, dtype: torch.dtype) -> bool:
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(shape, generator=generator).to(dtype) for shape in ((2, 3, 5, 5), (4, 3, 3, 3)))
     x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
-    module, bias = nn.Conv2d(3, 4, 3, padding=1), torch.randn(4, generator=generator)
+    bias = torch.randn(4, generator=generator)
     expected = F.relu(F.conv2d(x.float(), weight.float(), bias, padding=1))
     try:
-        found = _onednn_conv(module, x, weight, bias, "relu")
+        found = _onednn_conv(x, weight, bias, ((1, 1), (1, 1), (1, 1), 1), "relu")
     except (AttributeError, RuntimeError, TypeError):
         return False
     return found.dtype == dtype and torch.allclose(found.float(), expected, rtol=0.01, atol=0.01)

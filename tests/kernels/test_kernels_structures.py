@@ -106,7 +106,8 @@ def test_one_product_for_all_draws_equals_a_loop(plain, name, antithetic, parame
     images = torch.rand(3, 1, 6, 6, generator=torch.Generator().manual_seed(0))
     options = JOINT | {"family": name, "antithetic": antithetic, "parameters": parameters, "reduce": "none"}
     used = []
-    monkeypatch.setattr(shared, "pays", lambda *a: used.append(True) or True)
+    run = shared.run_layer
+    monkeypatch.setattr(shared, "run_layer", lambda *a: used.append(True) or run(*a))
     ours = stability_scores(plain, images, **options, dtype="float64")
     assert used
     exact = stability_scores(plain, images, **options, dtype="float64", backend="reference")
@@ -118,7 +119,7 @@ def test_one_product_for_all_draws_equals_a_loop(plain, name, antithetic, parame
 @pytest.mark.parametrize("name", ["rank1", "flipout"])
 @pytest.mark.parametrize("together", [False, True])
 def test_bfloat16_error(cnn, images, name, together, monkeypatch):
-    monkeypatch.setattr(shared, "pays", lambda *a: together)
+    monkeypatch.setattr("smi_kernels.backends.together.VALUES", 2**40 if together else 1)
     options = JOINT | {"k": 16, "family": name}
     exact = stability_scores(cnn, images, **options, dtype="float64", backend="reference")
     low = stability_scores(cnn, images, **options, dtype="bfloat16").double()
@@ -130,9 +131,11 @@ def test_bfloat16_error(cnn, images, name, together, monkeypatch):
 def test_groups_of_draws_change_nothing(plain, name, monkeypatch):
     images = torch.rand(3, 1, 6, 6, generator=torch.Generator().manual_seed(0))
     options = JOINT | {"family": name, "reduce": "none", "dtype": "float64"}
-    monkeypatch.setattr(shared, "pays", lambda *a: True)
     whole = stability_scores(plain, images, **options)
-    torch.testing.assert_close(stability_scores(plain, images, **options, chunk=7), whole, rtol=1e-9, atol=1e-14)
+    for draws in (1, 2, 4):
+        monkeypatch.setattr("smi_kernels.backends.together.VALUES", draws * len(images) * 6 * 36)
+        few = stability_scores(plain, images, **options)
+        torch.testing.assert_close(few, whole, rtol=1e-6, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["rank1", "flipout"])
@@ -140,7 +143,6 @@ def test_labels_reach_every_draw(plain, name, monkeypatch):
     images, labels = torch.rand(4, 1, 6, 6), torch.tensor([0, 1, 2, 3])
     options = JOINT | {"family": name, "divergence": "margin", "dtype": "float64", "reduce": "max"}
     exact = stability_scores(plain, images, labels, **options, backend="reference")
-    monkeypatch.setattr(shared, "pays", lambda *a: True)
     torch.testing.assert_close(stability_scores(plain, images, labels, **options), exact, rtol=1e-6, atol=1e-9)
 
 

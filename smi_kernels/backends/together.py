@@ -1,0 +1,94 @@
+"""Several draws in one forward pass: a few images do not fill a machine, and calls on little data cost more than it.
+
+Draws are run in groups whose values fit into a core's cache, so that memory does not grow with K. How a layer applies
+the weights of a group depends on the noise: see `shared` and `grouped`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from smi_kernels.backends.loop import input_noise
+from smi_kernels.plan import Call, Layer, reads_of
+from smi_kernels.reductions import reductions
+from smi_kernels.request import Request, check_logits
+
+if TYPE_CHECKING:
+    from smi_kernels.backends.torch import Runner
+
+VALUES = 1 << 20
+"""Elements of the largest value of a group, about 2 MB in bfloat16; measured on two cores with 1 MB each."""
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """A value of several draws side by side in the channels: ``[N, draws·C, H, W]``, channels_last."""
+
+    tensor: Tensor
+    draws: int
+
+    def apart(self) -> Tensor:
+        """``[draws·N, C, H, W]``."""
+        split = self.tensor.unflatten(1, (self.draws, -1)).permute(1, 0, 2, 3, 4)
+        return split.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+
+
+class RunLayer(Protocol):
+    """Applies a layer under the weights of draws ``ks`` to ``[draws·N, ...]`` or `Stacked` values."""
+
+    def __call__(self, runner: Runner, step: Layer, ks: range, x: Any, residual: Any) -> Any: ...
+
+
+def group_size(runner: Runner, request: Request) -> int:
+    """Draws to run at once; 1 if the draws are to be run one by one."""
+    if request.images.requires_grad and torch.is_grad_enabled():
+        return 1
+    if not runner.has_noise and request.sigma_x == 0:
+        return 1
+    if runner.plan.reads_parameters or request.images.device.type != "cpu" or len(request.images) > request.chunk:
+        return 1
+    return max(1, min(request.k, VALUES // (len(request.images) * runner.plan.largest)))
+
+
+@torch.no_grad()
+def scores(runner: Runner, request: Request, group: int, run_layer: RunLayer) -> Tensor:
+    """Scores ``[N]``, or ``[N, K]`` if the request wants no reduction, in the working dtype."""
+    images = request.images.detach().to(request.working_dtype).contiguous()
+    labels = request.labels.long() if request.labels is not None else None
+    clean = runner.logits(images, runner.weights(None), perturbed=False)
+    draws = []
+    for first in range(0, request.k, group):
+        ks = range(first, min(first + group, request.k))
+        for noisy in _logits(runner, request, images, ks, run_layer):
+            draws.append(request.divergence.compute(clean, noisy, labels))
+    return reductions[request.reduce](torch.stack(draws, dim=1))
+
+
+def _logits(runner: Runner, request: Request, images: Tensor, ks: range, run_layer: RunLayer) -> Tensor:
+    """Logits ``[draws, N, C]`` of a group of draws."""
+    moved = images.expand(len(ks), *images.shape)
+    if request.sigma_x > 0:
+        moved = torch.stack([(images + delta).clamp(0, 1) for k in ks if (delta := input_noise(request, k)) is not None])
+    state = runner.perturbed.with_shared(runner.perturbed.clean)
+
+    def layer(step: Layer, x: Any, residual: Any) -> Any:
+        return run_layer(runner, step, ks, x, residual)
+
+    def call(step: Call, values: Mapping[str, Any]) -> Any:
+        return runner.run_call(step, {name: apart(values[name]) for name in reads_of(step)}, state)
+
+    batch = moved.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+    with torch.autocast(images.device.type, enabled=False):
+        logits = apart(runner.plan.run(batch, layer, call))
+    check_logits(logits, request, len(batch), perturbed=True)
+    return logits.to(request.working_dtype).unflatten(0, (len(ks), len(images)))
+
+
+def apart(value: Any) -> Any:
+    """A value as a call of the model expects it."""
+    return value.apart() if isinstance(value, Stacked) else value

@@ -1,0 +1,102 @@
+"""Several draws as the groups of one convolution, against the draws one by one."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from smi_kernels import native, stability_scores
+from smi_kernels.backends import grouped
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
+SETTINGS = [{"sigma_x": 0.1, "sigma_w": 0.05}, {"sigma_x": 0.0, "sigma_w": 0.1}, {"sigma_x": 0.1, "sigma_w": 0.0}]
+
+
+class Varied(nn.Module):
+    """A residual, a strided, a grouped and a 1×1 convolution, pooling and a concatenation in between, two heads."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(2, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
+        self.block = nn.Conv2d(6, 6, 3, padding=1)
+        self.groups = nn.Conv2d(6, 8, 3, stride=2, groups=2, padding=1)
+        self.point = nn.Conv2d(16, 5, 1)
+        self.hidden, self.head = nn.Linear(20, 7), nn.Linear(7, 4)
+
+    def forward(self, x):
+        h = F.relu(self.norm(self.stem(x)))
+        h = F.relu(self.block(h) + h)
+        h = F.silu(self.groups(h))
+        h = self.point(F.max_pool2d(torch.cat([h, h.tanh()], 1), 2))
+        return self.head(F.relu(self.hidden(h.flatten(1))))
+
+
+@pytest.fixture(scope="module")
+def varied():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Varied().eval()
+        with torch.no_grad():
+            model.norm.running_mean.normal_()
+            model.norm.weight.uniform_(0.5, 2)
+            model.norm.bias.normal_()
+    return model
+
+
+@pytest.fixture
+def small():
+    return torch.rand(3, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def one_by_one(monkeypatch):
+    monkeypatch.setattr("smi_kernels.backends.together.VALUES", 1)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("family", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("antithetic", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_agrees_with_draws_one_by_one(varied, small, setting, family, antithetic, dtype, monkeypatch):
+    options = setting | {"k": 6, "family": family, "antithetic": antithetic, "reduce": "none"}
+    used, run = [], grouped.run_layer
+    monkeypatch.setattr(grouped, "run_layer", lambda *a: used.append(True) or run(*a))
+    ours = stability_scores(varied, small, **options, dtype=dtype)
+    assert used
+    exact = stability_scores(varied, small, **options, dtype="float64", backend="reference").float()
+    bound = 1e-3 * exact + 1e-6 if dtype == "float32" else 0.1 * exact + 2e-4
+    assert ((ours - exact).abs() <= bound).all()
+    one_by_one(monkeypatch)
+    alone = stability_scores(varied, small, **options, dtype=dtype)
+    assert ((ours - alone).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("parameters", ["stem", ["norm", "head.bias"]])
+def test_filter_labels_and_reductions(varied, small, parameters, monkeypatch):
+    labels = torch.tensor([0, 3, 1])
+    options = {"k": 5, "sigma_x": 0.05, "sigma_w": 0.1, "parameters": parameters, "dtype": "float32"}
+    for more in ({"reduce": "max", "divergence": "margin"}, {"divergence": "cross_entropy"}):
+        exact = stability_scores(varied, small, labels, **options, **more, backend="reference")
+        ours = stability_scores(varied, small, labels, **options, **more)
+        torch.testing.assert_close(ours, exact, rtol=1e-3, atol=1e-5)
+
+
+def test_groups_of_any_size(varied, small, monkeypatch):
+    options = {"k": 7, "sigma_x": 0.1, "sigma_w": 0.05, "dtype": "float32", "reduce": "none"}
+    whole = stability_scores(varied, small, **options)
+    for draws in (2, 3, 4):
+        monkeypatch.setattr("smi_kernels.backends.together.VALUES", draws * len(small) * 16 * 64)
+        part = stability_scores(varied, small, **options)
+        torch.testing.assert_close(part, whole, rtol=1e-3, atol=1e-6)
+
+
+def test_same_bits_every_time(varied, small):
+    options = {"k": 6, "sigma_x": 0.1, "sigma_w": 0.05}
+    assert torch.equal(*(stability_scores(varied, small, **options) for _ in range(2)))
+
+
+def test_a_value_that_is_not_a_number_is_refused(varied, small):
+    model = nn.Sequential(varied, nn.Linear(4, 3)).eval()
+    with torch.no_grad():
+        model[1].weight[0, 0] = 1e38
+    with pytest.raises(ValueError, match="logits"):
+        stability_scores(model, small, k=4, sigma_x=0.1, sigma_w=100.0, dtype="float32")
