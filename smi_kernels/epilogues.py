@@ -21,7 +21,8 @@ class Epilogue:
         kernel: the twin of ``compute`` in Triton, a ``@triton.jit`` function or "module:name" of one, from a float32
             block to a float32 block. None: the Triton backend runs the activation by itself, after the layer.
         matches: module types and functions that mean this activation when they are called with the layer's output
-            alone (``inplace`` aside), such as ``(nn.ReLU, F.relu, torch.relu, "relu")``; a string is a tensor method.
+            alone (``inplace`` aside), whatever a module's settings, such as ``(nn.ReLU, F.relu, torch.relu,
+            "relu")``; a string is a tensor method.
     """
 
     compute: Callable[[Tensor], Tensor]

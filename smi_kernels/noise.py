@@ -102,9 +102,7 @@ for _structure, _name in ((INDEPENDENT, "gaussian"), (RANK1, "rank1"), (FLIPOUT,
     families.add(_name, _gaussian_family(_structure))
 RADEMACHER = families.add(
     "rademacher",
-    Family(
-        elements=128, values=_rademacher, kernel="smi_kernels.triton.noise:rademacher", native="rademacher"
-    ),
+    Family(elements=128, values=_rademacher, kernel="smi_kernels.triton.noise:rademacher", native="rademacher"),
 )
 
 

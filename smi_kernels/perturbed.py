@@ -193,4 +193,4 @@ class PerturbedModel:
 
 def root_mean_square(tensor: Tensor) -> float:
     """‖θ‖ / √(elements), summed in float64; 0 for an empty tensor."""
-    return tensor.double().norm().item() / math.sqrt(max(tensor.numel(), 1))
+    return torch.linalg.vector_norm(tensor, dtype=torch.float64).item() / math.sqrt(max(tensor.numel(), 1))

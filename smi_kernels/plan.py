@@ -86,6 +86,7 @@ class Plan:
         output: name of the logits, ``[N, C]`` if the model is a classifier.
         unknown: names of layers whose type is not registered.
         largest: elements of the largest value, for one image.
+        by_image: whether every value has a row for each image that depends on that image alone.
     """
 
     image: str
@@ -93,6 +94,7 @@ class Plan:
     output: str
     unknown: tuple[str, ...]
     largest: int
+    by_image: bool
 
     @property
     def reads_parameters(self) -> bool:
@@ -212,6 +214,7 @@ class _Builder:
             output=result,
             unknown=unknown,
             largest=max(sizes) // len(inputs[0].meta["value"]),
+            by_image=all(n.meta.get("by_image", True) for n in self._nodes if n.op.startswith("call_")),
         )
 
     def _changes_a_shared_value(self, node: Any) -> bool:
@@ -284,7 +287,7 @@ class _Builder:
         same = others[0].meta["value"].shape == end.meta["value"].shape == node.meta["value"].shape
         return others[0] if same else None
 
-    def _activation(self, node: fx.Node) -> str | None:
+    def _activation(self, node: Any) -> str | None:
         if len(node.args) != 1 or set(node.kwargs) - {"inplace"}:
             return None
         meaning = type(self._modules[node.target]) if node.op == "call_module" else node.target
@@ -306,9 +309,7 @@ class _Builder:
         target = node.target
         if (node.op, target) == ("call_method", "view") and not kwargs and not isinstance(args[1], torch.dtype):
             target = "reshape"  # values are channels_last, which the model's own were not: a view may not exist
-        return Call(
-            output=node.name, op=node.op, target=target, args=args, kwargs=dict(kwargs), reads_parameters=reads
-        )
+        return Call(output=node.name, op=node.op, target=target, args=args, kwargs=dict(kwargs), reads_parameters=reads)
 
 
 def _value(node: Any) -> Any:

@@ -75,8 +75,8 @@ def stability_scores(
             are float32, or float64 if that is the dtype.
         chunk: images in one forward pass, or ``auto``. Changes no noise.
         parameters: which parameters get noise: None for all, a function of the name, or names and prefixes.
-        backend: ``triton`` (fused kernels, on a CUDA device), ``torch`` (any device), ``reference`` (the model as it is,
-            draw by draw), or ``auto``, the first of these that can do it. The environment variable
+        backend: ``triton`` (fused kernels, on a CUDA device), ``torch`` (any device), ``reference`` (the model as it
+            is, draw by draw), or ``auto``, the first of these that can do it. The environment variable
             SMI_KERNELS_BACKEND replaces ``auto``.
 
     Returns:
@@ -95,7 +95,9 @@ def stability_scores(
 
 def which_backend(model: nn.Module, images: Tensor, labels: Tensor | None = None, **options: Any) -> str:
     """Name of the backend that `stability_scores` would use with the same arguments, for records. Same errors."""
-    defaults = {name: p.default for name, p in signature(stability_scores).parameters.items() if p.kind == p.KEYWORD_ONLY}
+    defaults = {
+        name: p.default for name, p in signature(stability_scores).parameters.items() if p.kind == p.KEYWORD_ONLY
+    }
     return _request(model, images, labels, **(defaults | options))[0]
 
 

@@ -35,7 +35,7 @@ def layers_of(name: str, n: int) -> Iterator[tuple[nn.Conv2d, Tensor]]:
     model, images = make_model(name).eval(), make_images(name, 2)
     shapes: dict[str, torch.Size] = {}
     hooks = [
-        module.register_forward_hook(lambda _, inputs, __, key=key: shapes.update({key: inputs[0].shape}))  # type: ignore[misc]
+        module.register_forward_hook(lambda _, inputs, __, key=key: shapes.update({key: inputs[0].shape}))
         for key, module in model.named_modules()
         if isinstance(module, nn.Conv2d)
     ]
@@ -62,7 +62,7 @@ def measure(module: nn.Conv2d, x: Tensor, time: Callable[[Callable[[], Any]], fl
 
     def kernel() -> Tensor:
         end = ("relu", False, x.dtype)
-        return torch.ops.smi_kernels.perturbed_conv(  # type: ignore[no-any-return]
+        return torch.ops.smi_kernels.perturbed_conv(
             batch, ours, bias, None, DRAWS, list(module.kernel_size), *geometry, *end
         )
 

@@ -1,6 +1,6 @@
 """Independent noise, several draws at once: their convolutions are the groups of one convolution.
 
-    images   [N, draws·C, H, W]      weights   [draws·O, C, KH, KW]      groups = draws
+images   [N, draws·C, H, W]      weights   [draws·O, C, KH, KW]      groups = draws
 """
 
 from __future__ import annotations

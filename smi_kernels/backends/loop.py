@@ -50,22 +50,27 @@ def score_draws(scorer: Scorer, request: Request, forward: Callable[[], Tensor] 
 
 def divergences_of(scorer: Scorer, request: Request) -> Tensor:
     """Divergence of each image under each draw, ``[N, K]``."""
-    images, labels = _chunks(request.images, request), _labels(request)
+    images = _chunks(request.images, request)
     weights = scorer.weights(None)
-    clean = [scorer.logits(part, weights, perturbed=False) for part in images]
+    clean = torch.cat([scorer.logits(part, weights, perturbed=False) for part in images])
+    if not scorer.has_noise and request.sigma_x == 0:
+        # The prediction is the clean one to the last bit; forward passes would only cost time.
+        return divergences_of_draws(clean, clean.expand(request.k, *clean.shape), request)
     draws = []
     for k in range(request.k):
-        # Without any noise the prediction is the clean one to the last bit; a second forward pass would only cost time.
-        noisy = clean
-        if scorer.has_noise or request.sigma_x > 0:
-            if scorer.has_noise:
-                del weights  # before the next are made, so that one set exists at a time
-                weights = scorer.weights(k)
-            delta = input_noise(request, k)
-            noisy = [scorer.logits(_moved(part, delta), weights, perturbed=True) for part in images]
-        parts = zip(clean, noisy, labels, strict=True)
-        draws.append(torch.cat([request.divergence.compute(p, q, y) for p, q, y in parts]))
-    return torch.stack(draws, dim=1)
+        if scorer.has_noise:
+            del weights  # before the next are made, so that one set exists at a time
+            weights = scorer.weights(k)
+        delta = input_noise(request, k)
+        draws.append(torch.cat([scorer.logits(_moved(part, delta), weights, perturbed=True) for part in images]))
+    return divergences_of_draws(clean, torch.stack(draws), request)
+
+
+def divergences_of_draws(clean: Tensor, noisy: Tensor, request: Request) -> Tensor:
+    """``[N, K]`` of logits ``[N, C]`` and ``[K, N, C]``, all at once."""
+    k, n, _ = noisy.shape
+    labels = request.labels.long().repeat(k) if request.labels is not None else None
+    return request.divergence.compute(clean.repeat(k, 1), noisy.flatten(0, 1), labels).view(k, n).T
 
 
 class _Replay(torch.autograd.Function):

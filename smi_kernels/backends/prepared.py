@@ -66,7 +66,9 @@ class Prepared:
         theta = torch.cat([model.clean[name] for name in names])
         out = torch.empty(k, len(theta))
         for j in range(k):
-            native.perturb_vectors(theta, out[j], sizes, tensors, stds, self._family, model.counters(0, j), model.sign(j))
+            native.perturb_vectors(
+                theta, out[j], sizes, tensors, stds, self._family, model.counters(0, j), model.sign(j)
+            )
         return model.with_shared(dict(zip(names, out.split(sizes.tolist(), dim=1), strict=True)))
 
     def weights(self, k: int) -> Folded:

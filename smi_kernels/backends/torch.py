@@ -122,9 +122,7 @@ class Runner:
         check_logits(logits, self.request, len(images), perturbed=perturbed)
         return logits.to(self.request.working_dtype)
 
-    def run_layer(
-        self, step: Layer, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None
-    ) -> Tensor:
+    def run_layer(self, step: Layer, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
         """act(W x + b + residual), in the format of the layer."""
         if isinstance(self.modules[step.module], nn.Linear):
             y = F.linear(x.to(weight.dtype), weight, bias)

@@ -232,7 +232,11 @@ class _KernelRunner:
             )
         kernel, geometry = list(theta.shape[2:]), _geometry(job.module)
         if prefers_library(job.x, theta, job.draws, job.module):
-            return _library_conv(job, weight.unflatten(2, kernel).permute(0, 1, 4, 2, 3))
+            folded = weight.unflatten(2, kernel).permute(0, 1, 4, 2, 3)
+            return library_conv(
+                job.x, folded, job.bias, job.residual, job.draws, geometry, job.epilogue, shared=job.shared,
+                out_dtype=job.out_dtype,
+            )  # fmt: skip
         return torch.ops.smi_kernels.perturbed_conv(
             job.x, weight, job.bias, job.residual, job.draws, kernel, *geometry, job.epilogue, job.shared,
             job.out_dtype,
@@ -311,17 +315,32 @@ def _dependents(plan: Plan) -> set[str]:
     return found
 
 
-def _library_conv(job: _Job, weight: Tensor) -> Tensor:
-    """The same convolution by the vendor's library, draw by draw, on the scratch's weights."""
-    stride, padding, dilation, groups = _geometry(job.module)
-    inputs = [job.x] * job.draws if job.shared else job.x.chunk(job.draws)
-    y = torch.cat([
-        F.conv2d(x, w, None, stride, padding, dilation, groups) for x, w in zip(inputs, weight, strict=True)
-    ])  # fmt: skip
-    if job.bias is not None:
-        y = (y.unflatten(0, (job.draws, -1)) + job.bias[:, None, :, None, None].to(y.dtype)).flatten(0, 1)
-    y = y.to(job.out_dtype)
-    return epilogues[job.epilogue].compute(y if job.residual is None else y + job.residual)
+def library_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, draws: int,
+    geometry: tuple[list[int], list[int], list[int], int], epilogue: str, *, shared: bool, out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """What `smi_kernels.triton.perturbed_conv` computes by the vendor's library, draw by draw.
+
+    Args:
+        x: ``[draws·N, C, H, W]``, or ``[N, C, H, W]`` with ``shared``.
+        weight: ``[draws, O, C / groups, KH, KW]`` of x's dtype.
+        bias: float32 ``[draws, O]`` or None; added in float32.
+        residual: like the result, or None.
+        draws: number of draws.
+        geometry: stride, padding, dilation, groups.
+        epilogue: name of the activation.
+        shared: every draw sees the same x.
+        out_dtype: of the result.
+
+    Returns:
+        ``[draws·N, O, OH, OW]``.
+    """
+    inputs = [x] * draws if shared else x.chunk(draws)
+    y = torch.cat([F.conv2d(part, w, None, *geometry) for part, w in zip(inputs, weight, strict=True)])
+    if bias is not None:
+        y = (y.unflatten(0, (draws, -1)) + bias[:, None, :, None, None]).flatten(0, 1)
+    y = epilogues[epilogue].compute(y if residual is None else y + residual)
+    return y.to(out_dtype, memory_format=torch.channels_last)
 
 
 def _geometry(module: nn.Module) -> tuple[list[int], list[int], list[int], int]:

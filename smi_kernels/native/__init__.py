@@ -149,7 +149,9 @@ def perturb_weight(
         sign: +1 or −1, a factor of the noise.
     """
     rows, channels = theta.shape[:2]
-    weight = Weight(theta.data_ptr(), scale.data_ptr() if scale is not None else None, channels, theta[0, 0].numel(), std)
+    weight = Weight(
+        theta.data_ptr(), scale.data_ptr() if scale is not None else None, channels, theta[0, 0].numel(), std
+    )
     low, signs = int(out.dtype == torch.bfloat16), int(function == "rademacher")
     run, address = library().perturb_weight, out.data_ptr()  # type: ignore[union-attr]
 

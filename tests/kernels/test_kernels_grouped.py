@@ -100,3 +100,36 @@ def test_a_value_that_is_not_a_number_is_refused(varied, small):
         model[1].weight[0, 0] = 1e38
     with pytest.raises(ValueError, match="logits"):
         stability_scores(model, small, k=4, sigma_x=0.1, sigma_w=100.0, dtype="float32")
+
+
+class Coupled(nn.Module):
+    """Images of a batch that see each other: the draws of one must not."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.conv, self.head = nn.Conv2d(2, 4, 3, padding=1), nn.Linear(4, 3)
+        self.norm = nn.BatchNorm2d(4, affine=False, track_running_stats=False)
+
+    def forward(self, x):
+        h = F.relu(self.conv(x))
+        if self.kind == "statistics":
+            h = self.norm(h)
+        if self.kind == "mean":
+            h = h - h.mean(0, keepdim=True)
+        if self.kind == "pixels first":
+            n = h.shape[0]
+            return self.head(h.permute(2, 3, 0, 1).reshape(-1, 4)).reshape(8, 8, n, 3).mean((0, 1))
+        if self.kind == "flattened":
+            return self.head(h.permute(0, 2, 3, 1).reshape(-1, 4)).reshape(-1, 64, 3).mean(1)
+        return self.head(h.square().mean((2, 3)))
+
+
+@pytest.mark.parametrize("kind", ["statistics", "mean", "pixels first", "flattened"])
+@pytest.mark.parametrize("family", ["gaussian", "rank1"])
+def test_batches_whose_images_depend_on_one_another(kind, family, small):
+    torch.manual_seed(0)
+    model, options = Coupled(kind).eval(), {"k": 8, "sigma_x": 0.1, "sigma_w": 0.05, "family": family, "reduce": "none"}
+    exact = stability_scores(model, small, **options, dtype="float64", backend="reference").float()
+    ours = stability_scores(model, small, **options, dtype="float32", backend="torch")
+    assert ((ours - exact).abs() <= 1e-3 * exact + 1e-6).all()

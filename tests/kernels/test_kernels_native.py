@@ -127,16 +127,17 @@ def test_a_compiler_that_fails(monkeypatch, tmp_path):
 
 
 def _draw_in_a_child(queue):
-    queue.put(draw(families["gaussian"], {0: (600_000,)}, seed=1, k=0, stream=PARAMETERS)[0].sum().item())
+    # Nothing that torch runs in parallel: its own threads do not survive a fork.
+    queue.put(draw(families["gaussian"], {0: (600_000,)}, seed=1, k=0, stream=PARAMETERS)[0][-4:].tolist())
 
 
 @needed
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 def test_a_forked_child_draws_too():
-    expected = draw(families["gaussian"], {0: (600_000,)}, seed=1, k=0, stream=PARAMETERS)[0].sum().item()
+    expected = draw(families["gaussian"], {0: (600_000,)}, seed=1, k=0, stream=PARAMETERS)[0][-4:].tolist()
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
     child = context.Process(target=_draw_in_a_child, args=(queue,))
     child.start()
-    assert queue.get(timeout=60) == pytest.approx(expected, rel=1e-4)
+    assert queue.get(timeout=60) == expected
     child.join()

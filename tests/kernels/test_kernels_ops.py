@@ -49,7 +49,8 @@ def test_a_chain_is_the_same_in_plain_torch():
         return z.gather(1, labels[:, None])[:, 0] - others
 
     expected = torch.stack([margin(0.5 * columns[0]) - margin(z) for z in columns]).mean(0)
-    torch.testing.assert_close(chain(images, conv, scale, linear, bias, labels).double(), expected, rtol=1e-4, atol=1e-5)
+    found = chain(images, conv, scale, linear, bias, labels).double()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["gaussian", "rademacher"])
@@ -68,8 +69,8 @@ def test_unknown_names():
     x, weight = random(2, 3), random(1, 4, 3)
     with pytest.raises(InputError, match="Unknown epilogue 'rellu'"):
         torch.ops.smi_kernels.perturbed_linear(x, weight, None, None, 1, "rellu", False, torch.float32)
+    index = torch.arange(2)
     with pytest.raises(InputError, match="Unknown noise family 'gausian'"):
-        index = torch.arange(2)
         torch.ops.smi_kernels.unit_noise(index, index, "gausian", 0, 1, 0, 0, 0, False)
 
 
@@ -82,7 +83,8 @@ def test_signs_are_added_before_the_weights_are_rounded_and_scaled_after(dtype):
         draw(families["rademacher"], {7: (4, 7)}, seed=9 + (0x80000001 << 32), k=k, stream=PARAMETERS)[7]
         for k in (1, 2)
     ])  # fmt: skip
-    weight = (kwargs["theta"].to(dtype).float() + 0.25 * signs).to(dtype).double() * kwargs["scale"].double()[:, :, None]
+    weight = (kwargs["theta"].to(dtype).float() + 0.25 * signs).to(dtype).double()
+    weight = weight * kwargs["scale"].double()[:, :, None]
     expected = torch.cat([x.double() @ w.T for x, w in zip(kwargs["x"].chunk(2), weight, strict=True)])
     torch.testing.assert_close(run("perturbed_linear_signs", kwargs).double(), expected, rtol=1e-5, atol=1e-5)
 

@@ -1,4 +1,4 @@
-"""The recorded forward pass: what is folded and fused, what is refused, and that scores are those of the model itself."""
+"""The recorded forward pass: what is folded, fused and refused, and that scores are those of the model itself."""
 
 import copy
 import warnings
@@ -233,7 +233,7 @@ class Scaled(nn.Module):
 def test_unknown_layers_are_right_and_named_in_one_warning():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.PReLU(4), nn.GroupNorm(2, 4), head(4)).eval()
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="does not know") as caught:
         agrees(model)
     messages = [str(w.message) for w in caught]
     assert len(messages) == 2

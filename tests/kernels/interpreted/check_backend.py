@@ -19,7 +19,7 @@ from smi_kernels.triton import perturbed_conv as kernels
 
 IMAGES = 0.01 + 0.98 * torch.rand(3, 2, 7, 5, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 4, 2])
-JOINT = {"k": 3, "sigma_x": 0.05, "sigma_w": 0.1, "seed": (1 << 63) + (1 << 31) + 9}
+JOINT = {"k": 2, "sigma_x": 0.05, "sigma_w": 0.1, "seed": (1 << 63) + (1 << 31) + 9}
 
 
 class Small(nn.Module):
@@ -119,13 +119,14 @@ def test_divergences(small, divergence):
     agrees(small, divergence=divergence, sigma_w=0.3 if divergence != "flip" else 2.0)
 
 
-def test_labels_of_another_integer_type(small):
+def test_labels_of_another_integer_type():
+    flat = shaken(nn.Sequential(nn.Flatten(), nn.Linear(70, 5)))
     options = JOINT | {"divergence": "margin"}
-    assert torch.equal(ours(small, **options), ours(small, labels=LABELS.to(torch.uint8), **options))
+    assert torch.equal(ours(flat, **options), ours(flat, labels=LABELS.to(torch.uint8), **options))
 
 
 def test_reductions(small):
-    draws, mean, worst = (ours(small, **JOINT, reduce=r) for r in ("none", "mean", "max"))
+    draws, mean, worst = (ours(small, **JOINT | {"k": 3, "reduce": r}) for r in ("none", "mean", "max"))
     assert draws.shape == (3, 3)
     assert torch.equal(mean, (draws[:, 0] + draws[:, 1] + draws[:, 2]) / 3)
     assert torch.equal(worst, draws.amax(1))
@@ -143,7 +144,7 @@ def test_one_kind_of_noise(small, family, sigmas):
 @pytest.mark.parametrize("reduce", ["mean", "max", "none"])
 def test_no_noise(small, reduce):
     options = JOINT | {"sigma_x": 0, "sigma_w": 0, "reduce": reduce}
-    assert torch.equal(ours(small, **options), torch.zeros((3, 3) if reduce == "none" else 3))
+    assert torch.equal(ours(small, **options), torch.zeros((3, 2) if reduce == "none" else 3))
     plain = F.cross_entropy(small(IMAGES), LABELS, reduction="none").detach()
     scores = ours(small, **options | {"reduce": "mean"}, divergence="cross_entropy")
     torch.testing.assert_close(scores, plain, rtol=1e-4, atol=1e-6)
@@ -277,8 +278,22 @@ def test_wiring_with_noise_on_the_image(kind):
     agrees(shaken(Block(kind)), labels=None)
 
 
+@pytest.mark.parametrize(("kind", "groups"), [("buffer", [(0, 1), (0, 2)]), ("token", [(0, 1), (0, 1), (1, 1)])])
+def test_draws_run_together_where_they_can(kind, groups, monkeypatch):
+    seen = []
+    logits = triton_backend._KernelRunner._logits
+    monkeypatch.setattr(
+        triton_backend._KernelRunner, "_logits",
+        lambda self, images, first, draws, *, moves: (
+            seen.append((first, draws)) or logits(self, images, first, draws, moves=moves)
+        ),
+    )  # fmt: skip
+    ours(shaken(Block(kind)), labels=None, **JOINT | {"sigma_x": 0})
+    assert seen == groups
+
+
 def test_as_many_images_as_draws_or_channels():
-    for n in (1, 3, 4):
+    for n in (1, 2, 4):
         images = torch.rand(n, 2, 7, 5, generator=torch.Generator().manual_seed(n))
         agrees(shaken(Block("function")), images, None, sigma_x=0)
 
@@ -312,12 +327,11 @@ def test_tied_weights():
         agrees(shaken(Tied()), labels=None, family=family)
 
 
-@pytest.mark.parametrize("divergence", ["kl", "margin"])
-def test_gradient(small, divergence):
+def test_gradient(small):
     gradients, values = [], []
     for backend in ("triton", "torch"):
         x = IMAGES.clone().requires_grad_()
-        scores = ours(small, x, **JOINT, divergence=divergence, backend=backend)
+        scores = ours(small, x, **JOINT, divergence="margin", backend=backend)
         (scores * torch.arange(1.0, 4.0)).sum().backward()
         gradients.append(x.grad)
         values.append(scores.detach())
@@ -330,7 +344,7 @@ def test_gradient(small, divergence):
 
 @pytest.mark.parametrize("family", ["gaussian", "rademacher"])
 def test_bfloat16(small, family):
-    options = JOINT | {"k": 6, "family": family}
+    options = JOINT | {"k": 4, "family": family}
     expected = exact(small, **options)
     found = ours(small, **options, dtype="bfloat16")
     assert found.dtype == torch.float32
@@ -367,13 +381,13 @@ def test_the_backend_is_chosen(small, monkeypatch):
         ),
     )  # fmt: skip
     auto = stability_scores(small, IMAGES, **JOINT, dtype="float32")
-    assert chosen == [3]
+    assert chosen == [2]
     monkeypatch.setenv("SMI_KERNELS_BACKEND", "torch")
     stability_scores(small, IMAGES, **JOINT, dtype="float32")
-    assert chosen == [3]
+    assert chosen == [2]
     monkeypatch.setenv("SMI_KERNELS_BACKEND", "triton")
     assert torch.equal(stability_scores(small, IMAGES, **JOINT, dtype="float32"), auto)
-    assert chosen == [3, 3]
+    assert chosen == [2, 2]
 
 
 def test_what_is_not_supported(small, monkeypatch):
@@ -391,7 +405,7 @@ def test_what_is_not_supported(small, monkeypatch):
         with pytest.raises(InputError, **refused):
             ours(small, **JOINT, **options)
         torch.testing.assert_close(
-            ours(small, **JOINT, **options, backend="auto"), ours(small, **JOINT, backend="torch"), rtol=0, atol=0
+            ours(small, **JOINT, **options, backend="auto"), ours(small, **JOINT, backend="torch"), rtol=1e-5, atol=0
         )
 
     class Branching(Small):

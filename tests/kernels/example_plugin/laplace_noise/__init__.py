@@ -1,10 +1,11 @@
-"""A package of another author: Laplace noise, the Hellinger distance and the leaky ReLU, for `smi_kernels`.
+"""A package of another author: Laplace noise, the Hellinger distance and the hard swish, for `smi_kernels`.
 
 Its entry point (see `../laplace_noise-1.0.dist-info/entry_points.txt`) names this module, which registers all three.
 The Triton twins are in `kernels.py` and go by name, so that triton is imported only where they run.
 """
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from smi_kernels import Divergence, Epilogue, Family
@@ -33,8 +34,7 @@ def hellinger(clean, perturbed, labels=None):
 
 families.add("laplace", Family(elements=4, values=laplace, kernel="laplace_noise.kernels:laplace"))
 divergences.add("hellinger", Divergence(compute=hellinger, kernel="laplace_noise.kernels:hellinger"))
-# Not nn.LeakyReLU, which may have another slope.
 epilogues.add(
-    "leaky_relu",
-    Epilogue(compute=F.leaky_relu, kernel="laplace_noise.kernels:leaky_relu", matches=(F.leaky_relu,)),
+    "hardswish",
+    Epilogue(compute=F.hardswish, kernel="laplace_noise.kernels:hardswish", matches=(nn.Hardswish, F.hardswish)),
 )

@@ -33,6 +33,6 @@ def _root(logits, mask):
 
 
 @triton.jit
-def leaky_relu(x):
-    """x, or 0.01 x where that is negative."""
-    return tl.where(x < 0.0, 0.01 * x, x)
+def hardswish(x):
+    """x · min(max(x + 3, 0), 6) / 6."""
+    return x * tl.where(x < -3.0, 0.0, tl.where(x > 3.0, 6.0, x + 3.0)) / 6.0
