@@ -354,9 +354,9 @@ def test_bfloat16(small, family):
 
 def test_the_library_agrees_and_shares_the_epilogue(small, monkeypatch):
     calls = []
-    library = triton_backend._library_conv
+    library = triton_backend.library_conv
     monkeypatch.setattr(triton_backend, "prefers_library", lambda *a: True)
-    monkeypatch.setattr(triton_backend, "_library_conv", lambda *a: calls.append(1) or library(*a))
+    monkeypatch.setattr(triton_backend, "library_conv", lambda *a, **b: calls.append(1) or library(*a, **b))
     agrees(small)
     agrees(small, sigma_x=0)
     assert len(calls) == 2 * 2 * 4  # four convolutions, without and with noise
