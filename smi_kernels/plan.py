@@ -129,18 +129,20 @@ class Plan:
 def arguments(step: Call, values: Mapping[str, Any], state: Mapping[str, Tensor]) -> tuple[Any, Any]:
     """Arguments of a call, positional and by name, with what each `Value` stands for."""
 
-    def fill(argument: Any) -> Any:
-        if isinstance(argument, Value):
-            return (state if argument.is_state else values)[argument.name]
-        if isinstance(argument, tuple | list):
-            return type(argument)(map(fill, argument))
-        if isinstance(argument, dict):
-            return {key: fill(value) for key, value in argument.items()}
-        if isinstance(argument, slice):
-            return slice(fill(argument.start), fill(argument.stop), fill(argument.step))
-        return argument
+    return _filled(step.args, values, state), _filled(step.kwargs, values, state)
 
-    return fill(step.args), fill(step.kwargs)
+
+def _filled(argument: Any, values: Mapping[str, Any], state: Mapping[str, Tensor]) -> Any:
+    # A function of the module: one that calls itself from within another is a cycle, and would keep the values alive.
+    if isinstance(argument, Value):
+        return (state if argument.is_state else values)[argument.name]
+    if isinstance(argument, tuple | list):
+        return type(argument)(_filled(item, values, state) for item in argument)
+    if isinstance(argument, dict):
+        return {key: _filled(value, values, state) for key, value in argument.items()}
+    if isinstance(argument, slice):
+        return slice(*(_filled(part, values, state) for part in (argument.start, argument.stop, argument.step)))
+    return argument
 
 
 _plans: WeakKeyDictionary[nn.Module, tuple[Any, Plan | str]] = WeakKeyDictionary()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import beside
 import pytest
 import torch
 
@@ -23,11 +24,17 @@ HERE = Path(__file__).parent
 KERNELS = HERE.parents[1] / "smi_kernels" / "triton"
 
 
-def gate(*arguments, **environment):
+def command(*arguments):
+    return [sys.executable, "-m", "smi_kernels.aot", *map(str, arguments)]
+
+
+def gate(*arguments):
     clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "smi_kernels.aot", *map(str, arguments)]
-    environment = clean | {"PYTHONPATH": f"{HERE}:{HERE.parents[1]}"} | environment
-    return subprocess.run(command, env=environment, cwd=HERE.parents[1], capture_output=True, text=True, timeout=500)
+    environment = clean | {"PYTHONPATH": f"{HERE}:{HERE.parents[1]}"}
+    return subprocess.run(command(*arguments), env=environment, capture_output=True, text=True, timeout=500)
+
+
+EVERYTHING = command("--arch", 75, 80, 90), [("TRITON_INTERPRET", None)]
 
 
 def written_kernels():
@@ -45,14 +52,15 @@ def written_kernels():
     }
 
 
+@pytest.mark.beside(*EVERYTHING)
 def test_shipped_kernels_keep_their_manifest():
-    done = gate("--arch", 75, 80, 90)
-    assert done.returncode == 0, done.stdout + done.stderr
-    listed = {line.split()[0] for line in done.stdout.splitlines() if "  sm_" in line}
+    code, output = beside.outcome(*EVERYTHING)
+    assert code == 0, output
+    listed = {line.split()[0] for line in output.splitlines() if "  sm_" in line}
     assert len(written_kernels()) >= 8
     assert written_kernels() <= listed, "a kernel has no entry in smi_kernels/manifest.py"
     for arch in (75, 80, 90):
-        assert f" sm_{arch} " in done.stdout
+        assert f" sm_{arch} " in output
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,10 @@
 """Run each check file of ``interpreted`` in a process of its own, with Triton's interpreter and one thread."""
 
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
+import beside
 import pytest
 
 FOLDER = Path(__file__).parent / "interpreted"
@@ -14,32 +13,32 @@ CHECKS = sorted(FOLDER.glob("check_*.py"))
 pytest.importorskip("triton")
 
 
-def run_checks(path):
-    """Exit code and output of pytest on one file, under the interpreter."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+def process(path):
+    """Command and environment of pytest on one file, under the interpreter."""
     command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-o", "python_files=check_*.py", "-p", "no:nbval"]
     command += ["-p", "no:cacheprovider", "-q", "-rs", f"--rootdir={FOLDER}", str(path)]
-    # Standard error too, where the interpreter's own crash would be reported.
-    done = subprocess.run(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600
-    )
-    return done.returncode, done.stdout
+    return command, [("TRITON_INTERPRET", "1"), ("OMP_NUM_THREADS", "1"), ("OMP_WAIT_POLICY", "PASSIVE")]
 
 
-@pytest.mark.parametrize("path", CHECKS, ids=lambda path: path.stem)
+def marked(path):
+    return pytest.param(path, marks=pytest.mark.beside(*process(path)), id=path.stem)
+
+
+@pytest.mark.parametrize("path", [marked(path) for path in CHECKS])
 def test_interpreted_checks_pass(path):
-    code, output = run_checks(path)
+    code, output = beside.outcome(*process(path))
     if code != 0 or not re.search(r"\b[1-9]\d* passed", output) or "skipped" in output.splitlines()[-1]:
         pytest.fail(f"{path.name} exited with {code}:\n{output}", pytrace=False)
 
 
 def test_there_are_checks():
-    assert {"check_noise", "check_perturb", "check_score"} <= {path.stem for path in CHECKS}
+    expected = {"check_backend", "check_conv", "check_linear", "check_noise", "check_ops", "check_perturb"}
+    assert expected <= {path.stem for path in CHECKS}
 
 
 def test_a_failing_check_is_reported(tmp_path):
     path = tmp_path / "check_failing.py"
     path.write_text("def test_fails():\n    assert 1 == 2\n")
-    code, output = run_checks(path)
+    code, output = beside._run(*process(path))
     assert code == 1
     assert "1 failed" in output
