@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from smi_kernels.backends.loop import divergences_of_draws, input_noise
 from smi_kernels.plan import Call, Layer, reads_of
@@ -26,6 +27,13 @@ VALUES = 1 << 21
 
 GROUP = 8
 """Draws in a group; laying fewer side by side was measured to cost more than it saves, more would take more memory."""
+
+
+_BY_CHANNEL = {
+    nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.Dropout, nn.Dropout2d, nn.Identity, nn.MaxPool2d, nn.ReLU, nn.ReLU6, nn.SiLU,
+    F.adaptive_avg_pool2d, F.avg_pool2d, F.max_pool2d, F.relu, F.relu6, F.silu, torch.relu,
+}  # fmt: skip
+"""Calls that treat channels alike and apart, so that they need not know that those are of several draws."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,14 @@ def _logits(runner: Runner, request: Request, images: Tensor, ks: range, run_lay
         return run_layer(runner, step, ks, x, residual)
 
     def call(step: Call, values: Mapping[str, Any]) -> Any:
-        return runner.run_call(step, {name: apart(values[name]) for name in reads_of(step)}, state)
+        read = {name: values[name] for name in reads_of(step)}
+        if runner.meaning(step) in _BY_CHANNEL and len(read) == 1:
+            ((name, value),) = read.items()
+            if isinstance(value, Stacked):
+                made = runner.run_call(step, {name: value.tensor}, state)
+                if isinstance(made, Tensor):  # pooling may give indices besides
+                    return Stacked(made, value.draws)
+        return runner.run_call(step, {name: apart(value) for name, value in read.items()}, state)
 
     batch = batch.flatten(0, 1).contiguous(memory_format=torch.channels_last)
     with torch.autocast(images.device.type, enabled=False):

@@ -165,9 +165,13 @@ class Runner:
             return layers[type(module)](module, own, *args, **kwargs)
         return functional_call(module, own, args, kwargs)
 
+    def meaning(self, step: Call) -> Any:
+        """What a call does: the type of its module, or its function or method name."""
+        return type(self.modules[step.target]) if step.op == "call_module" else step.target
+
     def _keeps_format(self, step: Call) -> bool:
         norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-        return step.op == "call_module" and type(self.modules[step.target]) in norms
+        return self.meaning(step) in norms
 
     def _widened(self, value: Any) -> Any:
         if isinstance(value, Tensor) and value.is_floating_point():

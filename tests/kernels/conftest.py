@@ -1,7 +1,12 @@
+import os
+
 import beside
 import pytest
 import torch
 from kernel_reference import toy_images, trained_cnn
+
+# Files of other processes: `test_kernels_interpreter` runs the ones, `test_kernels_extension` the others.
+collect_ignore = ["example_plugin"] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted", "example_plugin"]
 
 
 def pytest_collection_modifyitems(items):

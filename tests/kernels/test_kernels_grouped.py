@@ -26,7 +26,7 @@ class Varied(nn.Module):
     def forward(self, x):
         h = F.relu(self.norm(self.stem(x)))
         h = F.relu(self.block(h) + h)
-        h = F.silu(self.groups(h))
+        h = F.max_pool2d(F.silu(self.groups(h)), 3, stride=1, padding=1)
         h = self.point(F.max_pool2d(torch.cat([h, h.tanh()], 1), 2))
         return self.head(F.relu(self.hidden(h.flatten(1))))
 
