@@ -125,6 +125,8 @@ class Wired(nn.Module):
             y = self.nb(self.b(h))
             y += h
             return self.head(y.relu_())
+        if self.kind == "view of a layer's output":
+            return self.head[1](F.relu(h).view(h.size(0), -1))
         n, c, height, width = x.shape
         assert (c, height, width, x.ndim, x.size(-1)) == (2, 8, 8, 4, 8)
         return self.head(F.relu(h).reshape(n, -1, height, width).view(x.size(0), *h.shape[1:]))
@@ -133,7 +135,7 @@ class Wired(nn.Module):
 KINDS = [
     "norm of a value read twice", "norm before the layer", "two norms", "activation before the residual",
     "norm after the residual", "both branches are layers", "a value added to itself", "weighted sum", "broadcast sum",
-    "same layer twice", "in place", "shapes",
+    "same layer twice", "in place", "view of a layer's output", "shapes",
 ]  # fmt: skip
 
 
