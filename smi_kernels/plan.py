@@ -8,6 +8,7 @@ perturbs all four of θ = (W, b, γ, β) as they are and folds afterwards; the r
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -100,6 +101,18 @@ class Plan:
     def reads_parameters(self) -> bool:
         """Whether anything but a `Layer` reads a parameter."""
         return any(isinstance(step, Call) and step.reads_parameters for step, _ in self.steps)
+
+    def feeds_layer(self, name: str) -> bool:
+        """Whether a layer that is not an end reads a value, or what calls make of it."""
+        return name in self._feeding
+
+    @functools.cached_property
+    def _feeding(self) -> set[str]:
+        found: set[str] = set()
+        for step, _ in reversed(self.steps):
+            if step.output in found if isinstance(step, Call) else not step.is_end:
+                found |= reads_of(step)
+        return found
 
     def run(
         self,

@@ -10,6 +10,7 @@ Sources: Wen, Tran and Ba, "BatchEnsemble", ICLR 2020; Wen et al., "Flipout", IC
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ from smi_kernels.epilogues import epilogues
 from smi_kernels.folding import fold
 from smi_kernels.layers import zero_padding
 from smi_kernels.noise import INDEPENDENT, RANK1
+from smi_kernels.perturbed import PerturbedModel
 from smi_kernels.plan import Layer, Plan
 from smi_kernels.request import Request
 
@@ -49,7 +51,7 @@ class _Rows:
     bias: Tensor | None
 
 
-def _rows(runner: Runner, step: Layer, ks: range) -> _Rows:
+def _rows(runner: Runner, step: Layer, ks: Sequence[int | None]) -> _Rows:
     model, norm = runner.perturbed, runner.modules[step.norm] if step.norm is not None else None
     names = [f"{m}.{p}" for m in (step.module, step.norm) if m is not None for p in ("weight", "bias")]
     clean = model.with_shared(model.clean)
@@ -65,12 +67,21 @@ def _rows(runner: Runner, step: Layer, ks: range) -> _Rows:
     return _Rows(weight, scale / plain - 1, scale, bias)
 
 
-def _stacked(runner: Runner, name: str, ks: range) -> Tensor:
+def _stacked(runner: Runner, name: str, ks: Sequence[int | None]) -> Tensor:
     """A parameter of one dimension under each draw, ``[draws, rows]``."""
-    return torch.stack([runner.perturbed.parameter(name, k) for k in ks])
+    model = runner.perturbed
+    clean = model.clean[model.first_name(name)]
+    return torch.stack([clean if k is None else model.parameter(name, k) for k in ks])
 
 
-def run_layer(runner: Runner, step: Layer, ks: range, x: Tensor, residual: Tensor | None) -> Tensor:
+def _factors(model: PerturbedModel, name: str, ks: Sequence[int | None]) -> tuple[list[Tensor], list[Tensor]]:
+    """The two factors of each draw's noise; without noise the first is 0."""
+    pairs = [model.factors(name, k or 0) for k in ks]
+    firsts = [torch.zeros_like(a) if k is None else a for k, (a, _) in zip(ks, pairs, strict=True)]
+    return firsts, [b for _, b in pairs]
+
+
+def run_layer(runner: Runner, step: Layer, ks: Sequence[int | None], x: Tensor, residual: Tensor | None) -> Tensor:
     """See `smi_kernels.backends.together.RunLayer`."""
     model, name = runner.perturbed, f"{step.module}.weight"
     rows, dtype = _rows(runner, step, ks), runner.layer_dtype(step)
@@ -97,14 +108,14 @@ def run_layer(runner: Runner, step: Layer, ks: range, x: Tensor, residual: Tenso
         y = grouped(product(x, rows.weight))
     elif model.family.structure == RANK1:
         # The b_k are further rows of the matrix: K of them for each draw, of which it needs one.
-        firsts, seconds = zip(*(model.factors(name, k) for k in ks), strict=True)
+        firsts, seconds = _factors(model, name, ks)
         extra = torch.stack(seconds).reshape(len(ks), *rows.weight.shape[1:])
         both = grouped(product(x, torch.cat([rows.weight, extra.to(rows.weight.dtype)])))
         split = len(rows.weight)
         y, moved = both[:, :, :split], torch.stack([both[i, :, split + i : split + i + 1] for i in range(len(ks))])
         factor = torch.stack(firsts)
     else:
-        firsts, seconds = zip(*(model.factors(name, k) for k in ks), strict=True)
+        firsts, seconds = _factors(model, name, ks)
         base = model.base(name)
         assert base is not None
         y = grouped(product(x, rows.weight))

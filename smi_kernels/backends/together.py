@@ -1,22 +1,21 @@
 """Several draws in one forward pass: a few images do not fill a machine, and calls on little data cost more than it.
 
-Draws are run in groups whose values fit into a core's cache, so that memory does not grow with K. How a layer applies
-the weights of a group depends on the noise: see `shared` and `grouped`.
+Draws are run in groups whose values fit into a cache, so that memory does not grow with K. How a layer applies the
+weights of a group depends on the noise: see `fused` and `shared`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import functools
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from smi_kernels.backends.loop import divergences_of_draws, input_noise
-from smi_kernels.plan import Call, Layer, reads_of
-from smi_kernels.reductions import reductions
+from smi_kernels.plan import Call, Layer
 from smi_kernels.request import Request, check_logits
 
 if TYPE_CHECKING:
@@ -25,89 +24,82 @@ if TYPE_CHECKING:
 VALUES = 1 << 22
 """Elements of the largest value of a group, 8 MB in bfloat16; measured on two cores that share a cache of 32 MB."""
 
-GROUP = 8
-"""Draws in a group; laying fewer side by side was measured to cost more than it saves, more would take more memory."""
-
-
-_BY_CHANNEL = {
-    nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.Dropout, nn.Dropout2d, nn.Identity, nn.MaxPool2d, nn.ReLU, nn.ReLU6, nn.SiLU,
-    F.adaptive_avg_pool2d, F.avg_pool2d, F.max_pool2d, F.relu, F.relu6, F.silu, torch.relu,
-}  # fmt: skip
-"""Calls that treat channels alike and apart, so that they need not know that those are of several draws."""
-
-
-@dataclass(frozen=True)
-class Stacked:
-    """A value of several draws side by side in the channels: ``[N, draws·C, H, W]``, channels_last."""
-
-    tensor: Tensor
-    draws: int
-
-    def apart(self) -> Tensor:
-        """``[draws·N, C, H, W]``."""
-        split = self.tensor.unflatten(1, (self.draws, -1)).permute(1, 0, 2, 3, 4)
-        return split.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+GROUP = 9
+"""Most draws in a group, eight and the one without noise: their weights take memory too."""
 
 
 class RunLayer(Protocol):
-    """Applies a layer under the weights of draws ``ks`` to ``[draws·N, ...]`` or `Stacked` values."""
+    """Applies a layer under the weights of draws ``ks``, None being no noise, to ``[draws·N, ...]`` values."""
 
-    def __call__(self, runner: Runner, step: Layer, ks: range, x: Any, residual: Any) -> Any:
-        """The layer's value, in either form."""
+    def __call__(
+        self, runner: Runner, step: Layer, ks: Sequence[int | None], x: Tensor, residual: Tensor | None
+    ) -> Tensor:
+        """The layer's value, ``[draws·N, ...]``."""
 
 
-def group_size(runner: Runner, request: Request) -> int:
-    """Draws to run at once; 1 if the draws are to be run one by one."""
-    if request.images.requires_grad and torch.is_grad_enabled():
-        return 1
-    if not runner.has_noise and request.sigma_x == 0:
-        return 1
-    if runner.plan.reads_parameters or not runner.plan.by_image or request.images.device.type != "cpu":
-        return 1
-    if len(request.images) > request.chunk:
-        return 1
-    group = min(request.k, GROUP)
-    return group if group * len(request.images) * runner.plan.largest <= VALUES else 1
+def runs(runner: Runner, request: Request) -> bool:
+    """Whether draws can share a forward pass: what is not a layer must treat every image alike and alone."""
+    quiet = not runner.has_noise and request.sigma_x == 0
+    return (
+        not quiet and runner.plan.by_image and not runner.plan.reads_parameters and request.images.device.type == "cpu"
+    )
 
 
 @torch.no_grad()
-def scores(runner: Runner, request: Request, group: int, run_layer: RunLayer) -> Tensor:
-    """Scores ``[N]``, or ``[N, K]`` if the request wants no reduction, in the working dtype."""
+def divergences(runner: Runner, request: Request, run_layer: RunLayer) -> Tensor:
+    """Divergence of each image under each draw, ``[N, K]``, in the working dtype."""
+    _keep_freed_memory()
     images = request.images.detach().to(request.working_dtype).contiguous()
-    clean = runner.logits(images, runner.weights(None), perturbed=False)
-    groups = [range(first, min(first + group, request.k)) for first in range(0, request.k, group)]
-    noisy = torch.cat([_logits(runner, request, images, ks, run_layer) for ks in groups])
-    return reductions[request.reduce](divergences_of_draws(clean, noisy, request))
+    parts = images.split(request.chunk)
+    size = max(1, min(GROUP, VALUES // (len(parts[0]) * runner.plan.largest), VALUES // runner.largest_weight))
+    ks: list[int | None] = [None, *range(request.k)]
+    groups = -(-len(ks) // size)
+    bounds = [len(ks) * i // groups for i in range(groups + 1)]
+    logits = [_logits(runner, request, parts, ks[start:end], run_layer) for start, end in itertools.pairwise(bounds)]
+    clean, noisy = torch.cat(logits).split([1, request.k])
+    return divergences_of_draws(clean[0], noisy, request)
 
 
-def _logits(runner: Runner, request: Request, images: Tensor, ks: range, run_layer: RunLayer) -> Tensor:
+def _logits(
+    runner: Runner, request: Request, parts: Sequence[Tensor], ks: Sequence[int | None], run_layer: RunLayer
+) -> Tensor:
     """Logits ``[draws, N, C]`` of a group of draws."""
-    batch = images.expand(len(ks), *images.shape)
-    if request.sigma_x > 0:
-        deltas = torch.stack([delta for k in ks if (delta := input_noise(request, k)) is not None])
-        batch = (images + deltas[:, None]).clamp_(0, 1)
+    shift = _shift(request, ks)
     state = runner.perturbed.with_shared(runner.perturbed.clean)
 
-    def layer(step: Layer, x: Any, residual: Any) -> Any:
+    def layer(step: Layer, x: Tensor, residual: Tensor | None) -> Tensor:
         return run_layer(runner, step, ks, x, residual)
 
     def call(step: Call, values: Mapping[str, Any]) -> Any:
-        read = {name: values[name] for name in reads_of(step)}
-        if runner.meaning(step) in _BY_CHANNEL and len(read) == 1:
-            ((name, value),) = read.items()
-            if isinstance(value, Stacked):
-                made = runner.run_call(step, {name: value.tensor}, state)
-                if isinstance(made, Tensor):  # pooling may give indices besides
-                    return Stacked(made, value.draws)
-        return runner.run_call(step, {name: apart(value) for name, value in read.items()}, state)
+        return runner.run_call(step, values, state)
 
-    batch = batch.flatten(0, 1).contiguous(memory_format=torch.channels_last)
-    with torch.autocast(images.device.type, enabled=False):
-        logits = apart(runner.plan.run(batch, layer, call))
-    check_logits(logits, request, len(batch), perturbed=True)
-    return logits.to(request.working_dtype).unflatten(0, (len(ks), len(images)))
+    made = []
+    for part in parts:
+        batch = part.expand(len(ks), *part.shape) if shift is None else (part + shift).clamp_(0, 1)
+        with torch.autocast("cpu", enabled=False):
+            logits = runner.plan.run(batch.flatten(0, 1), layer, call)
+        if ks[0] is None:
+            check_logits(logits[: len(part)], request, len(part), perturbed=False)
+        check_logits(logits, request, len(ks) * len(part), perturbed=True)
+        made.append(logits.to(request.working_dtype).unflatten(0, (len(ks), len(part))))
+    return torch.cat(made, 1)
 
 
-def apart(value: Any) -> Any:
-    """A value as a call of the model expects it."""
-    return value.apart() if isinstance(value, Stacked) else value
+def _shift(request: Request, ks: Sequence[int | None]) -> Tensor | None:
+    """Noise on the image ``[draws, 1, C, H, W]``, 0 for a draw without noise."""
+    if request.sigma_x == 0:
+        return None
+    shift = torch.zeros(len(ks), *request.images.shape[1:], dtype=request.working_dtype)
+    for own, k in zip(shift, ks, strict=True):
+        if k is not None:
+            own.copy_(input_noise(request, k))
+    return shift[:, None]
+
+
+@functools.cache
+def _keep_freed_memory() -> None:
+    """Have glibc keep what is freed: it gives back blocks of 128 KB at once, until one of up to 32 MB was freed.
+
+    Getting such blocks from the system for every layer was measured to take up to a third of the time.
+    """
+    torch.empty((1 << 25) - (1 << 13), dtype=torch.uint8)

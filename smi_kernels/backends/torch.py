@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from smi_kernels.backends import grouped, reference, shared, together
+from smi_kernels.backends import fused, reference, shared, together
 from smi_kernels.backends.loop import score_draws
 from smi_kernels.backends.prepared import Folded, Prepared, prepares
 from smi_kernels.epilogues import epilogues
@@ -38,11 +38,11 @@ def scores(model: nn.Module, request: Request) -> Tensor:
     if plan is None:
         return reference.scores(model, request)
     runner = Runner(model, plan, request)
-    group = together.group_size(runner, request)
-    if group > 1 and shared.shares(plan, runner.modules, request):
-        return together.scores(runner, request, group, shared.run_layer)
-    if group > 1 and prepares(request):
-        return together.scores(runner, request, group, grouped.run_layer)
+    if together.runs(runner, request):
+        if fused.fuses(request):
+            return score_draws(runner, request, lambda: together.divergences(runner, request, fused.run_layer))
+        if shared.shares(plan, runner.modules, request):
+            return score_draws(runner, request, lambda: together.divergences(runner, request, shared.run_layer))
     return score_draws(runner, request)
 
 
@@ -90,6 +90,13 @@ class Runner:
         return state, folded
 
     @functools.cached_property
+    def largest_weight(self) -> int:
+        """Elements of the largest weight of a layer."""
+        names = (f"{step.module}.weight" for step, _ in self.plan.steps if isinstance(step, Layer))
+        state = self.perturbed.with_shared(self.perturbed.clean)
+        return max((state[name].numel() for name in names), default=1)
+
+    @functools.cached_property
     def prepared(self) -> Prepared:
         """Weights made in C, if `prepares` holds."""
         return Prepared(self.modules, self.plan, self.perturbed, self.request, self.layer_dtype)
@@ -129,13 +136,11 @@ class Runner:
             return epilogues[step.epilogue].compute(y if residual is None else y + residual)
         return self.convolve(step, x, residual, weight, bias)
 
-    def convolve(
-        self, step: Layer, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, draws: int = 1
-    ) -> Tensor:
-        """act(W x + b + residual) for a convolution; several draws side by side are groups of it."""
+    def convolve(self, step: Layer, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """act(W x + b + residual) for a convolution."""
         module, activation = self.modules[step.module], epilogues[step.epilogue].compute
         padding = zero_padding(module)
-        shape = (padding, module.stride, module.dilation, draws * module.groups)
+        shape = (padding, module.stride, module.dilation, module.groups)
         x = x.to(weight.dtype)
         if x.requires_grad or not _has_onednn(x.device.type, x.dtype):
             y = _conv(x, weight, bias, shape)

@@ -4,6 +4,9 @@
  * Only correctly rounded operations are used and none may be fused: compile with -ffp-contract=off. Loops have no
  * branches, so that a compiler turns them into vector instructions.
  */
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -77,6 +80,15 @@ static inline void normals(float radius, float angle, float *first, float *secon
     *second = r * (quarter & 2 ? -up : up);
 }
 
+static int thread(void)
+{
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
+
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* out[0 .. size): elements 4·first onwards, times sign (+1 or −1). */
@@ -128,39 +140,56 @@ typedef void family(float *, int64_t, uint32_t, struct stream, float);
 
 struct weight {
     const float *theta; /* [rows, channels, taps] */
-    const float *scale; /* [rows], or NULL for 1 */
-    int64_t channels, taps;
+    int64_t rows, channels, taps;
     float std;
 };
 
-/* out[r, t, c] = (theta[r, c, t] + std · noise) · scale[r] for rows first_row .. last_row; out in bfloat16 or float32.
- * out points to the whole weight. Returns 0 if there was no memory, else 1. */
-int perturb_weight(void *out, int is_bfloat16, int is_rademacher, struct weight w, int64_t first_row,
-                   int64_t last_row, struct stream s, float sign)
+/* out[r, t, c] = (theta[r, c, t] + std · noise[r, c, t]) · scale[r] for rows first .. last, whose noise is given. */
+static void perturb_rows(void *out, int is_bfloat16, const float *noise, const float *scale, const struct weight *w,
+                         int64_t first, int64_t last)
+{
+    int64_t columns = w->channels * w->taps, at = first * columns;
+    for (int64_t r = first; r < last; r++, noise += columns) {
+        const float *theta = w->theta + r * columns;
+        float factor = scale == NULL ? 1.0f : scale[r];
+        for (int64_t t = 0; t < w->taps; t++, at += w->channels) {
+            uint16_t *low = (uint16_t *)out + at;
+            float *full = (float *)out + at;
+            if (is_bfloat16)
+                for (int64_t c = 0; c < w->channels; c++)
+                    low[c] = bfloat16((theta[c * w->taps + t] + w->std * noise[c * w->taps + t]) * factor);
+            else
+                for (int64_t c = 0; c < w->channels; c++)
+                    full[c] = (theta[c * w->taps + t] + w->std * noise[c * w->taps + t]) * factor;
+        }
+    }
+}
+
+/* out[d, r, t, c] = (theta[r, c, t] + signs[d] · std · noise of draws[d]) · scale[d, r]; a sign of 0 draws none. out is
+ * bfloat16 or float32; scale may be NULL for 1. Returns 0 if there was no memory, else 1. */
+int perturb_weights(void *out, const float *scale, const uint32_t *draws, const float *signs, int count,
+                    int is_bfloat16, int is_rademacher, int threads, struct weight w, struct stream s)
 {
     family *draw = is_rademacher ? rademacher : gaussian;
     int64_t per_counter = is_rademacher ? 128 : 4, columns = w.channels * w.taps;
     int64_t group = 4096 / columns + 1; /* rows at a time: their noise stays in cache */
-    float *noise = malloc(4 * (size_t)(group * columns + per_counter));
+    int64_t groups = (w.rows + group - 1) / group, size = group * columns + 128;
+    float *noise = calloc((size_t)(threads * size), sizeof(float));
     if (noise == NULL)
         return 0;
-    for (int64_t row = first_row; row < last_row; row += group) {
-        int64_t rows = least(group, last_row - row), start = row * columns, skip = start % per_counter;
-        draw(noise, rows * columns + skip, (uint32_t)(start / per_counter), s, sign);
-        for (int64_t r = 0; r < rows; r++) {
-            const float *theta = w.theta + start + r * columns, *own = noise + skip + r * columns;
-            float scale = w.scale == NULL ? 1.0f : w.scale[row + r];
-            uint16_t *low = (uint16_t *)out + start + r * columns;
-            float *full = (float *)out + start + r * columns;
-            for (int64_t t = 0; t < w.taps; t++, low += w.channels, full += w.channels) {
-                if (is_bfloat16)
-                    for (int64_t c = 0; c < w.channels; c++)
-                        low[c] = bfloat16((theta[c * w.taps + t] + w.std * own[c * w.taps + t]) * scale);
-                else
-                    for (int64_t c = 0; c < w.channels; c++)
-                        full[c] = (theta[c * w.taps + t] + w.std * own[c * w.taps + t]) * scale;
-            }
-        }
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t i = 0; i < count * groups; i++) {
+        int64_t d = i / groups, first = i % groups * group, last = least(first + group, w.rows);
+        int64_t start = first * columns, skip = start % per_counter;
+        float *own = noise + thread() * size;
+        struct stream stream = s;
+        stream.draw = draws[d];
+        if (signs[d] != 0)
+            draw(own, (last - first) * columns + skip, (uint32_t)(start / per_counter), stream, signs[d]);
+        else
+            memset(own, 0, (size_t)size * sizeof(float));
+        perturb_rows((char *)out + d * w.rows * columns * (is_bfloat16 ? 2 : 4), is_bfloat16, own + skip,
+                     scale == NULL ? NULL : scale + d * w.rows, &w, first, last);
     }
     free(noise);
     return 1;

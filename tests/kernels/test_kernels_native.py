@@ -40,25 +40,27 @@ def test_noise_is_the_same_to_the_last_bit(name, size):
 def test_perturbed_weights_are_the_same_to_the_last_bit(name, shape, dtype):
     theta = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     scale = 0.5 + torch.rand(shape[0], generator=torch.Generator().manual_seed(1))
-    which = Draw(seed=SEED, k=3, stream=PARAMETERS, antithetic=True)
-    stream = native.Stream(9, which.number, which.stream, SEED & 0xFFFFFFFF, SEED >> 32)
-    noise = in_torch(name, shape, k=3, antithetic=True)
-    for factor in (None, scale):
-        layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
-        out = torch.full_like(theta, float("nan"), dtype=dtype, memory_format=layout)
-        native.perturb_weight(theta, out, 0.037, factor, name, stream, which.sign)
-        expected = theta + 0.037 * noise
-        if factor is not None:
-            expected = expected * factor.reshape(-1, *[1] * (len(shape) - 1))
-        assert torch.equal(out, expected.to(dtype))
+    draws = [Draw(seed=SEED, k=k, stream=PARAMETERS, antithetic=True) for k in (3, 0, 4)]
+    stream = native.Stream(9, 0, PARAMETERS, SEED & 0xFFFFFFFF, SEED >> 32)
+    numbers, signs = [d.number for d in draws], [draws[0].sign, 0.0, draws[2].sign]
+    noise = [in_torch(name, shape, k=3, antithetic=True), 0, in_torch(name, shape, k=4, antithetic=True)]
+    for factor in (None, torch.stack([scale, scale + 1, scale + 2])):
+        rows, channels, *kernel = shape
+        out = torch.full((3, rows, *kernel, channels), float("nan"), dtype=dtype)
+        native.perturb_weights(theta, out, 0.037, factor, name, stream, numbers, signs)
+        for i, own in enumerate(noise):
+            expected = theta + 0.037 * own
+            if factor is not None:
+                expected = expected * factor[i].reshape(-1, *[1] * (len(shape) - 1))
+            assert torch.equal(out[i], expected.movedim(1, -1).to(dtype))
 
 
 @needed
 def test_bfloat16_keeps_what_is_not_finite():
     theta = torch.tensor([[float("nan"), float("inf"), -float("inf"), 3.4e38, -0.0, 1e-40]])
-    out = torch.empty(1, 6, dtype=torch.bfloat16)
-    native.perturb_weight(theta, out, 0.0, None, "rademacher", native.Stream(0, 0, 0, 0, 0), 1.0)
-    torch.testing.assert_close(out, theta.to(torch.bfloat16), equal_nan=True, rtol=0, atol=0)
+    out = torch.empty(1, 1, 6, dtype=torch.bfloat16)
+    native.perturb_weights(theta, out, 0.0, None, "rademacher", native.Stream(0, 0, 0, 0, 0), [0], [1.0])
+    torch.testing.assert_close(out[0], theta.to(torch.bfloat16), equal_nan=True, rtol=0, atol=0)
 
 
 @needed

@@ -275,8 +275,10 @@ def test_a_callers_autocast_does_not_leak_in(cnn, images):
 
 def test_bfloat16_logits_are_float32(monkeypatch, cnn, images):
     seen = []
-    monkeypatch.setattr("smi_kernels.backends.torch.check_logits", lambda logits, *a, **b: seen.append(logits))
+    for module in ("torch", "together"):
+        monkeypatch.setattr(f"smi_kernels.backends.{module}.check_logits", lambda logits, *a, **b: seen.append(logits))
     stability_scores(cnn, images, **JOINT, dtype="bfloat16")
+    assert seen
     assert all(z.dtype == torch.float32 for z in seen)
     assert any((z != z.bfloat16()).any() for z in seen)
 

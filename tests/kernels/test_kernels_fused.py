@@ -1,4 +1,4 @@
-"""Several draws as the groups of one convolution, against the draws one by one."""
+"""Several draws in one forward pass with layers in C, against the draws one by one."""
 
 import pytest
 import torch
@@ -6,9 +6,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from smi_kernels import native, stability_scores
-from smi_kernels.backends import grouped
+from smi_kernels.backends import fused
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
+pytestmark = pytest.mark.skipif(
+    not native.convolves(torch.float32), reason="there is no C compiler, or the processor has no wide vectors"
+)
+FORMATS = ["float32"] + ["bfloat16"] * native.convolves(torch.bfloat16)
 SETTINGS = [{"sigma_x": 0.1, "sigma_w": 0.05}, {"sigma_x": 0.0, "sigma_w": 0.1}, {"sigma_x": 0.1, "sigma_w": 0.0}]
 
 
@@ -49,17 +52,17 @@ def small():
 
 
 def one_by_one(monkeypatch):
-    monkeypatch.setattr("smi_kernels.backends.together.VALUES", 1)
+    monkeypatch.setattr("smi_kernels.backends.together.runs", lambda *_: False)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("family", ["gaussian", "rademacher"])
 @pytest.mark.parametrize("antithetic", [False, True])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", FORMATS)
 def test_agrees_with_draws_one_by_one(varied, small, setting, family, antithetic, dtype, monkeypatch):
     options = setting | {"k": 6, "family": family, "antithetic": antithetic, "reduce": "none"}
-    used, run = [], grouped.run_layer
-    monkeypatch.setattr(grouped, "run_layer", lambda *a: used.append(True) or run(*a))
+    used, run = [], fused.run_layer
+    monkeypatch.setattr(fused, "run_layer", lambda *a: used.append(True) or run(*a))
     ours = stability_scores(varied, small, **options, dtype=dtype)
     assert used
     exact = stability_scores(varied, small, **options, dtype="float64", backend="reference").float()
@@ -83,10 +86,12 @@ def test_filter_labels_and_reductions(varied, small, parameters, monkeypatch):
 def test_groups_of_any_size(varied, small, monkeypatch):
     options = {"k": 7, "sigma_x": 0.1, "sigma_w": 0.05, "dtype": "float32", "reduce": "none"}
     whole = stability_scores(varied, small, **options)
-    for draws in (2, 3, 4):
+    for draws in (1, 2, 3, 4):
         monkeypatch.setattr("smi_kernels.backends.together.GROUP", draws)
         part = stability_scores(varied, small, **options)
         torch.testing.assert_close(part, whole, rtol=1e-3, atol=1e-6)
+        few = stability_scores(varied, small, **options, chunk=2)
+        torch.testing.assert_close(few, whole, rtol=1e-3, atol=1e-6)
 
 
 def test_same_bits_every_time(varied, small):
