@@ -21,8 +21,12 @@ from torch import Tensor
 
 from smi_kernels.registry import Kernel, load_kernel
 
-BF16, FP32 = torch.bfloat16, torch.float32
-_ARCHS = {BF16: (80, 86, 89, 90), FP32: None}  # before sm_80 there is no bfloat16, and scores choose float32
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+_ARCHS = {BF16: (80, 86, 89, 90), FP16: (80, 86, 89, 90), FP32: None}  # see `backends.triton.supports`: from sm_80 on
+    BF16: (80, 86, 89, 90),
+    FP16: None,
+    FP32: None,
+}  # before sm_80 there is no bfloat16, and scores choose float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +188,7 @@ def _perturb_weight() -> Iterator[Variant]:
 
     layer, head, stem = (128, 64, 9), (10, 512, 1), (64, 3, 9)
     cases = [(family, BF16, layer, False) for family in ("gaussian", "rademacher", "rank1", "flipout")]
-    cases += [("gaussian", FP32, layer, True), ("rademacher", FP32, layer, True)]
+    cases += [("gaussian", FP16, layer, False), ("gaussian", FP32, layer, True), ("rademacher", FP32, layer, True)]
     cases += [("gaussian", BF16, head, False), ("rademacher", BF16, stem, False)]
     for family, dtype, shape, pairs in cases:
         name = f"{family} {_NAMES[dtype]} {_sizes(*shape)}{_pairs(pairs)}"
@@ -249,7 +253,7 @@ def _perturbed_conv() -> Iterator[Variant]:
 
     # Image size, channels in and out, stride: one for each tile of each table, and the first layer.
     layer, narrow, deep, stem, few = (32, 64, 128, 2), (32, 64, 64, 1), (4, 512, 512, 1), (32, 3, 64, 1), (8, 64, 16, 1)
-    for dtype, shapes in ((BF16, (layer, narrow, deep, stem, few)), (FP32, (narrow, few))):
+    for dtype, shapes in ((BF16, (layer, narrow, deep, stem, few)), (FP16, (layer,)), (FP32, (narrow, few))):
         for shape, signs in itertools.product(shapes, (False, True)):
             name = f"{'signs' if signs else 'dense'} {_NAMES[dtype]} {_sizes(*shape)}"
             # The first layer's rows of 3 channels are not aligned to anything that can be copied asynchronously.
@@ -277,7 +281,7 @@ def _perturbed_linear() -> Iterator[Variant]:
     cases = [
         (False, BF16, 1024, 512, 512, "relu"), (False, BF16, 256, 128, 512, "silu"),
         (False, BF16, 256, 10, 512, "identity"), (False, BF16, 16, 512, 512, "gelu"),
-        (False, FP32, 256, 128, 512, "relu6"), (False, FP32, 16, 10, 512, "identity"),
+        (False, FP16, 256, 128, 512, "relu"), (False, FP32, 256, 128, 512, "relu6"), (False, FP32, 16, 10, 512, "identity"),
         (True, BF16, 256, 128, 512, "relu"), (True, BF16, 256, 10, 512, "identity"),
         (True, BF16, 16, 512, 512, "relu"), (True, BF16, 256, 128, 300, "relu"), (True, FP32, 256, 10, 512, "identity"),
     ]  # fmt: skip
@@ -291,7 +295,7 @@ def _perturbed_linear() -> Iterator[Variant]:
         )
 
 
-_NAMES = {BF16: "bf16", FP32: "fp32"}
+_NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
 
 
 def _sizes(*sizes: int) -> str:
