@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from smi import attacks as attacks, defenses as defenses
-    from smi.attacks import poison as poison
+    from smi.attacks import plant as plant, poison as poison
     from smi.classifiers import (
         Classifier as Classifier,
         TrainConfig as TrainConfig,
@@ -52,7 +52,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "smi": "attacks defenses",
-    "smi.attacks": "poison",
+    "smi.attacks": "plant poison",
     "smi.classifiers": "Classifier TrainConfig build_classifier train_classifier",
     "smi.domains": "Domain PrivateSet PublicImages Samples load_domain load_public",
     "smi.errors": "InputError",

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smi.attacks import Attack, BadNets, poison
-from smi.classifiers import TrainConfig, train_classifier
+from smi.attacks import Attack, BadNets, plant
+from smi.classifiers import TrainConfig
 from smi.compute import predict, versions
 from smi.defenses import IBAU, Defense, FineTune, Repair
 from smi.defenses.base import check_public
@@ -142,9 +142,8 @@ def run_demo(domain: Domain, prior: Prior, config: DemoConfig = DemoConfig(), *,
     """
     clock = Clock()
     with clock("train"):
-        poisoned = poison(domain.private.train, config.attack, rate=config.rate, seed=seed)
-        victim = train_classifier(poisoned, config.train, seed=seed)
-    evaluator = Evaluator(domain.private.test, config.attack)
+        victim, attack = plant(domain.private.train, config.attack, config.train, rate=config.rate, seed=seed)
+    evaluator = Evaluator(domain.private.test, attack)
     sources = _sources(domain, prior, victim, config, seed, clock)
     before = evaluator.measure(victim)
     rows = []
@@ -156,8 +155,8 @@ def run_demo(domain: Domain, prior: Prior, config: DemoConfig = DemoConfig(), *,
             after = evaluator.measure(repair.model)
         rows.append(Row(source, label, repair.defense, Comparison(before, after), repair))
     settings = {"domain": domain.name, "prior": getattr(prior, "record", {}), **asdict(config)}
-    settings["attack"] = {"name": type(config.attack).__name__} | settings["attack"]
-    return Demo(seed, domain, victim, config.attack, before, sources["smi"][1], rows, clock.seconds, settings)
+    settings["attack"] = attack.settings()
+    return Demo(seed, domain, victim, attack, before, sources["smi"][1], rows, clock.seconds, settings)
 
 
 def _sources(
