@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from smi.attacks import Attack, BadNets, plant
 from smi.classifiers import TrainConfig
-from smi.compute import predict, versions
+from smi.compute import versions
 from smi.defenses import IBAU, Defense, FineTune, Repair
 from smi.defenses.base import check_public
 from smi.domains.base import Domain, PublicImages, Samples
 from smi.evaluation import Comparison, Evaluator, Measurement, clean_control
 from smi.inversion import Inversion, Latent, Stabilized, invert
 from smi.priors import Prior, check_prior
-from smi.seeding import stream
+from smi.sources import pseudo_labelled
 from smi.stability import Selection, kernel_backend
 
 PER_CLASS = 30
@@ -175,13 +175,6 @@ def _sources(
         "smi": ("SMI, no clean data", smi),
         "clean": ("clean samples (control)", clean),
     }
-
-
-def pseudo_labelled(model: nn.Module, public: PublicImages, n: int, *, seed: int = 0) -> Samples:
-    """``n`` public images (all where there are fewer) with the labels that the suspect model gives them."""
-    logits = predict(model, public.images)
-    chosen = torch.randperm(len(public), generator=stream(seed, "public"))[:n]
-    return Samples(public.images[chosen], logits[chosen].argmax(1), logits.shape[1], "public")
 
 
 def findings(repair: Repair) -> dict[str, Any]:

@@ -9,14 +9,18 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from smi.errors import InputError
-from smi.inversion import Latent, Pixel, Stabilized, inversions, invert, stabilized
+from smi.inversion import DeepInversion, Latent, Pixel, Stabilized, inversions, invert, stabilized
+from smi.inversion.deepinversion import statistics_gap
 from smi.inversion.latent import CLEAR
 from smi.inversion.perturbation import worst_input, worst_parameters
 from smi.inversion.pixel import total_variation
 from smi.stability import Selection
 
 STEPS = {"steps": 4, "lr": 0.1}
-METHODS = [Pixel(**STEPS), Latent(**STEPS), Stabilized(**STEPS), Stabilized(**STEPS, inner="random", k=2)]
+METHODS = [
+    Pixel(**STEPS), DeepInversion(**STEPS), Latent(**STEPS), Stabilized(**STEPS),
+    Stabilized(**STEPS, inner="random", k=2),
+]  # fmt: skip
 
 
 def runner(model):
@@ -83,7 +87,8 @@ def test_selection_makes_more_candidates_and_keeps_the_most_stable():
 
 
 def test_methods_go_by_name():
-    assert {name: inversions[name].name for name in inversions} == {"latent": "latent", "pixel": "pixel", "smi": "smi"}
+    names = ["deepinversion", "latent", "pixel", "smi"]
+    assert {name: inversions[name].name for name in inversions} == dict(zip(names, names, strict=True))
 
 
 # wrong input
@@ -372,3 +377,58 @@ def test_a_parameter_that_the_output_does_not_depend_on(setting):
     model.spare = nn.Parameter(torch.ones(3))
     worst = worst_parameters(run, model, images, labels, radius=0.05)
     assert torch.equal(worst["spare"], torch.ones(3))
+
+
+# DeepInversion
+
+
+def test_the_gap_is_the_distance_of_statistics_and_zero_on_the_images_that_a_layer_remembers():
+    model, images = tiny_model(), noise(50, 1, 8, 8)
+    norm = model.body[1]
+    seen = model.body[0]((images - model.mean) / model.std)
+    with torch.no_grad():
+        norm.running_mean.copy_(seen.mean((0, 2, 3)))
+        norm.running_var.copy_(seen.var((0, 2, 3), unbiased=False))
+    with statistics_gap(model) as gaps:
+        model(images)
+        model(images.sqrt())
+    moved = model.body[0]((images.sqrt() - model.mean) / model.std)
+    expected = (moved.mean((0, 2, 3)) - norm.running_mean).norm()
+    expected = expected + (moved.var((0, 2, 3), unbiased=False) - norm.running_var).norm()
+    assert gaps[0].item() == pytest.approx(0, abs=1e-4)
+    assert gaps[1].item() == pytest.approx(expected.item(), rel=1e-4)
+    model(images)
+    assert len(gaps) == 2, "the hooks must be gone"
+
+
+def test_deepinversion_brings_the_statistics_closer_than_pixel_inversion_does():
+    model, options = tiny_model(), {"steps": 40, "lr": 0.05, "lambda_tv": 0.0}
+
+    def gap(method):
+        samples = invert(model, TinyPrior(), method, per_class=6)
+        with torch.no_grad(), statistics_gap(model) as gaps:
+            model(samples.images)
+        return gaps[0].item()
+
+    assert gap(DeepInversion(**options)) < 0.5 * gap(Pixel(**options))
+
+
+def test_deepinversion_needs_batch_norm():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    with pytest.raises(InputError, match="needs BatchNorm layers"):
+        invert(model, TinyPrior(), DeepInversion(**STEPS), per_class=2)
+
+
+def test_a_joint_method_sees_all_classes_in_a_batch_and_returns_them_in_order(monkeypatch):
+    monkeypatch.setattr("smi.inversion.base.JOINT", 4)
+    seen = []
+
+    class Spy(DeepInversion):
+        def optimise(self, task):
+            seen.append(task.labels.tolist())
+            return task.labels.view(-1, 1, 1, 1).expand(-1, 1, 8, 8) / 10
+
+    samples = invert(tiny_model(), TinyPrior(), Spy(), per_class=3)
+    assert seen == [[0, 1, 2, 0], [1, 2, 0, 1], [2]]
+    assert samples.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert torch.equal((10 * samples.images[:, 0, 0, 0]).round().long(), samples.labels)

@@ -1,7 +1,7 @@
 """Inversion, written once: every method is this loop with its own start, objective and projection.
 
-For one class y at a time, ``candidates`` variables (latents, or pixels) are optimised together by Adam so that the
-images they stand for are classified as y.
+For one class y at a time (for all at once where a method says so), variables (latents, or pixels) are optimised
+together by Adam so that the images they stand for are classified as y.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ class Inversion:
     lr: float = 0.1
 
     name = "inversion"
+    joint = False  # whether a batch holds all classes, because its statistics are part of the objective
 
     def __post_init__(self) -> None:
         check_number("steps", self.steps, low=0, integer=True)
@@ -90,6 +91,8 @@ class Inversion:
             return self.render(variable, task).clamp(0, 1)
 
 
+JOINT = 512  # images in a batch of all classes
+
 inversions: Registry[type[Inversion]] = Registry("inversion")
 
 
@@ -120,13 +123,20 @@ def invert(
     if isinstance(prior, nn.Module):
         prior = cast(Prior, frozen(prior))
     count = per_class * (1 if selection is None else selection.oversample)
-    images = []
+    images, batches = [], _batches(num_classes, count, joint=method.joint)
     with fast(suspect) as run:
-        for label in track(range(num_classes), f"inversion ({method.name})"):
-            labels, rng = torch.full((count,), label), stream(seed, f"invert/{label}")
-            images.append(method.optimise(Task(suspect, run, prior, labels, rng)))
-    labels = torch.arange(num_classes).repeat_interleave(count)
-    samples = Samples(torch.cat(images), labels, num_classes, method.name)
+        for index, labels in enumerate(track(batches, f"inversion ({method.name})")):
+            images.append(method.optimise(Task(suspect, run, prior, labels, stream(seed, f"invert/{index}"))))
+    labels = torch.cat(batches)
+    order = labels.argsort(stable=True)
+    samples = Samples(torch.cat(images)[order], labels[order], num_classes, method.name)
     if selection is None:
         return samples
     return select_stable(model, samples, per_class, selection, seed=seed)
+
+
+def _batches(num_classes: int, count: int, *, joint: bool) -> list[Tensor]:
+    """Labels ``[N]`` of what is optimised together: ``count`` of one class, or of all classes in turn."""
+    if joint:
+        return list(torch.arange(num_classes).repeat(count).split(max(JOINT, num_classes)))
+    return [torch.full((count,), label) for label in range(num_classes)]

@@ -1,0 +1,111 @@
+"""Where the samples of a removal may come from, behind one interface, the same number each: SMI and its controls.
+
+Every source but ``clean`` is what a defender could have made: from the suspect model, the prior and public images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from smi.checks import check_number
+from smi.compute import predict
+from smi.domains.base import PrivateSet, PublicImages, Samples
+from smi.errors import InputError
+from smi.evaluation import clean_control
+from smi.inversion import DeepInversion, Inversion, Latent, Pixel, Stabilized, invert
+from smi.priors import Prior, sample_latents
+from smi.seeding import stream
+from smi.stability import Selection
+from smi_kernels import Registry
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Given:
+    """What samples are made from.
+
+    model: the suspect, images in [0, 1] to logits. prior, public: the defender's. per_class: images a class, or as
+    many in all where labels come from the model. private: for the control ``clean`` alone, from the evaluator.
+    """
+
+    model: nn.Module
+    prior: Prior
+    public: PublicImages
+    per_class: int = 30
+    seed: int = 0
+    private: PrivateSet | None = None
+
+    def __post_init__(self) -> None:
+        check_number("per_class", self.per_class, low=1, integer=True)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A way to get samples. label: for tables. make: does it."""
+
+    label: str
+    make: Callable[[Given], Samples]
+
+
+sources: Registry[Source] = Registry("source")
+"""Sources by name, in the order of tables."""
+
+
+def make_samples(name: str, given: Given) -> Samples:
+    """Samples of the source ``name``, which they carry as their own. Raises `InputError` for what is missing."""
+    return replace(sources[name].make(given), source=name)
+
+
+def pseudo_labelled(model: nn.Module, public: PublicImages, n: int, *, seed: int = 0) -> Samples:
+    """``n`` public images (all where there are fewer) with the labels that the suspect model gives them."""
+    chosen = torch.randperm(len(public), generator=stream(seed, "public"))[:n]
+    return _labelled(model, public.images[chosen], "public")
+
+
+def _labelled(model: nn.Module, images: Tensor, source: str) -> Samples:
+    logits = predict(model, images)
+    return Samples(images, logits.argmax(1), logits.shape[1], source)
+
+
+def _total(given: Given) -> int:
+    classes = predict(given.model, given.public.images[:1]).shape[1]
+    return given.per_class * classes
+
+
+def _clean(given: Given) -> Samples:
+    if given.private is None:
+        raise InputError("The control 'clean' needs the private training set, which only the evaluator has.")
+    return clean_control(given.private, per_class=given.per_class, seed=given.seed)
+
+
+def _public(given: Given) -> Samples:
+    return pseudo_labelled(given.model, given.public, _total(given), seed=given.seed)
+
+
+@torch.no_grad()
+def _random(given: Given) -> Samples:
+    z = sample_latents(given.prior, _total(given), stream(given.seed, "random"))
+    images = torch.cat([given.prior.generate(part).float() for part in z.split(256)])
+    return _labelled(given.model, images.clamp(0, 1), "random")
+
+
+def _inverted(method: Inversion, selection: Selection | None = None) -> Callable[[Given], Samples]:
+    def make(given: Given) -> Samples:
+        return invert(given.model, given.prior, method, per_class=given.per_class, selection=selection, seed=given.seed)
+
+    return make
+
+
+sources.add("clean", Source("clean samples (control)", _clean))
+sources.add("public", Source("public images, pseudo-labels", _public))
+sources.add("random", Source("random generator samples, pseudo-labels", _random))
+sources.add("pixel", Source("pixel inversion", _inverted(Pixel())))
+sources.add("deepinversion", Source("DeepInversion", _inverted(DeepInversion())))
+sources.add("latent", Source("latent inversion, no stability", _inverted(Latent())))
+# The ablations leave one side out of the search and of the selection alike.
+sources.add("input", Source("stable input only", _inverted(Stabilized(lambda_w=0.0), Selection(sigma_w=0.0))))
+sources.add("parameter", Source("stable parameters only", _inverted(Stabilized(lambda_x=0.0), Selection(sigma_x=0.0))))
+sources.add("smi", Source("SMI, no clean data", _inverted(Stabilized(), Selection())))
