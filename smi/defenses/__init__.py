@@ -1,9 +1,28 @@
 """Defenses by name, behind one interface (`base`): a suspect model and samples in, a repaired model out."""
 
+from smi.defenses.anp import ANP
 from smi.defenses.base import Defense, Repair, Schedule, defenses
+from smi.defenses.clp import CLP
+from smi.defenses.fine_pruning import FinePrune
 from smi.defenses.finetune import FineTune
+from smi.defenses.ftsam import FTSAM
 from smi.defenses.ibau import IBAU
 from smi.defenses.ibau_published import Published
 from smi.defenses.ibau_robust import Robust
+from smi.defenses.nad import NAD
 
-__all__ = ["IBAU", "Defense", "FineTune", "Published", "Repair", "Robust", "Schedule", "defenses"]
+__all__ = [
+    "ANP",
+    "CLP",
+    "FTSAM",
+    "IBAU",
+    "NAD",
+    "Defense",
+    "FinePrune",
+    "FineTune",
+    "Published",
+    "Repair",
+    "Robust",
+    "Schedule",
+    "defenses",
+]

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,13 +41,13 @@ class Repair:
         return f"Repair(by {self.defense} on {self.source} samples)"
 
 
-def check_public(public: object, shape: Sequence[int]) -> None:
-    """``public`` must be `PublicImages` of ``shape`` ``(C, H, W)``, or None."""
+def check_public(public: object, shape: Sequence[int] | None) -> None:
+    """``public`` must be `PublicImages` of ``shape`` ``(C, H, W)`` (None: of any), or None."""
     if public is None:
         return
     if not isinstance(public, PublicImages):
         raise InputError(f"public is a {type(public).__name__}. Allowed: PublicImages, or None.")
-    if tuple(public.images.shape[1:]) != tuple(shape):
+    if shape is not None and tuple(public.images.shape[1:]) != tuple(shape):
         raise InputError(
             f"Public images are {tuple(public.images.shape[1:])}, but {tuple(shape)} is needed. "
             "Resize the public images."
@@ -56,22 +56,27 @@ def check_public(public: object, shape: Sequence[int]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Defense:
-    """Base of every defense."""
+    """Base of every defense. needs_samples: whether it looks at samples at all; `repair` hands None on where not."""
 
     name = "defense"
+    needs_samples: ClassVar[bool] = True
 
     def repair(
-        self, model: nn.Module, samples: Samples, public: PublicImages | None = None, *, seed: int = 0
+        self, model: nn.Module, samples: Samples | None = None, public: PublicImages | None = None, *, seed: int = 0
     ) -> Repair:
         """Repair a copy of ``model``; the model passed in is left as it is.
 
-        samples: labelled images (`smi.invert` makes them). public: unlabelled public images, on which the repaired
-        model is held to the suspect model's own outputs where the defense distils. Raises `InputError` for anything
-        else, a `PrivateSet` or an attack above all.
+        samples: labelled images (`smi.invert` makes them), or None for a defense that needs none. public: unlabelled
+        public images, on which the repaired model is held to the suspect model's own outputs where the defense distils.
+        Raises `InputError` for anything else, a `PrivateSet` or an attack above all.
         """
+        if samples is None and not self.needs_samples:
+            check_public(public, None)
+            return self._repair(model, cast(Samples, samples), public, seed)  # which takes None there
         if not isinstance(samples, Samples):
+            got = "None" if samples is None else type(samples).__name__
             raise InputError(
-                f"A defense takes Samples, not {type(samples).__name__}. Make them with smi.invert(model, prior, ...); "
+                f"The defense {self.name!r} takes Samples, not {got}. Make them with smi.invert(model, prior, ...); "
                 "private data and triggers belong to the evaluator."
             )
         check_model(model, samples.images, samples.num_classes)
@@ -135,6 +140,7 @@ LEAST_STEPS = 3  # a round: with fewer samples smaller batches, or the decay com
 
 StepLoss = Callable[[Runner, Tensor, Tensor], Tensor]
 BeforeRound = Callable[[nn.Module, int], None]
+AfterStep = Callable[[nn.Module], None]
 
 
 def train_repair(
@@ -145,11 +151,13 @@ def train_repair(
     *,
     seed: int,
     before_round: BeforeRound | None = None,
+    after_step: AfterStep | None = None,
 ) -> tuple[nn.Module, list[float]]:
     """The shared loop. ``loss(run, images, labels)`` is minimised on shuffled batches, in eval mode throughout.
 
     Eval mode keeps BatchNorm statistics, which a few hundred samples would spoil. ``before_round(model, round)`` is
-    called before each pass. Returns the repaired copy and the mean loss of each round.
+    called before each pass, ``after_step(model)`` after each step. Returns the repaired copy and the mean loss of each
+    round.
     """
     repaired = copy.deepcopy(model).eval()
     optimizer = torch.optim.AdamW(repaired.parameters(), schedule.lr, weight_decay=schedule.weight_decay)
@@ -166,6 +174,8 @@ def train_repair(
                 optimizer.zero_grad()
                 value.backward()
                 optimizer.step()
+                if after_step is not None:
+                    after_step(repaired)
                 decay.step()
                 total += value.item()
         curve.append(total / steps)

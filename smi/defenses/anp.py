@@ -1,0 +1,167 @@
+"""Adversarial Neuron Pruning (Wu & Wang, "Adversarial Neuron Pruning Purifies Backdoored Deep Models", NeurIPS 2021).
+
+    min_{m ∈ [0,1]}  α L(m) + (1 − α) max_{δ,ξ ∈ [−ε,ε]} L(m, δ, ξ)
+
+where channel c's BatchNorm has the weight ``(m_c + δ_c) γ_c`` and the bias ``(1 + ξ_c) β_c``, and L is cross-entropy on
+the samples. A backdoor's channels answer to a small perturbation as they do to the trigger, so that their masks m fall;
+channels with a small mask are pruned (``m = 0``; as in the paper, the bias stays).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from smi.checks import check_number
+from smi.compute import Runner, fast, frozen, predict
+from smi.defenses.base import Defense, Distillation, Repair, Schedule, defenses
+from smi.defenses.channels import Layer, agreement, conv_layers, pruned_share, split
+from smi.domains.base import PublicImages, Samples
+from smi.errors import InputError
+from smi.seeding import stream
+
+THRESHOLDS = [round(0.05 * k, 2) for k in range(20)]  # of the mask, as in the paper
+Masks = dict[str, Tensor]
+
+
+@defenses.register("anp")
+@dataclass(frozen=True, kw_only=True)
+class ANP(Defense):
+    """Adversarial neuron pruning: BatchNorm channels are pruned, no weight is trained.
+
+    epsilon: ε, relative to weight and bias. The paper's is 0.4; with the frozen statistics here, where nothing
+    downstream takes a perturbation out again, that wrecks a small model. alpha: α in [0, 1]. steps: signed ascent steps
+    for δ and ξ, from noise. The paper picks the threshold by test accuracy. Here it is the largest at which the pruned
+    model agrees with the suspect model on all but a share ``tolerance`` of the samples held out of the optimisation;
+    held_out: their share in (0, 1). schedule: as in the paper, masks are found by SGD with momentum 0.9 at the constant
+    rate ``lr``; weight decay is not applied.
+    """
+
+    schedule: Schedule = field(default_factory=lambda: Schedule(rounds=100, lr=0.01, weight_decay=0.0, distill=0.0))
+    epsilon: float = 0.1
+    alpha: float = 0.2
+    steps: int = 1
+    tolerance: float = 0.02
+    held_out: float = 0.3
+
+    name = "anp"
+
+    def __post_init__(self) -> None:
+        check_number("epsilon", self.epsilon, low=0)
+        check_number("alpha", self.alpha, low=0, high=1)
+        check_number("steps", self.steps, low=1, integer=True)
+        check_number("tolerance", self.tolerance, low=0, high=1)
+        check_number("held_out", self.held_out, low=0.01, high=0.99)
+
+    def _repair(self, model: nn.Module, samples: Samples, public: PublicImages | None, seed: int) -> Repair:
+        layers = [layer for layer in conv_layers(model, samples.images) if _affine(model, layer)]
+        if not layers:
+            raise InputError(
+                "ANP prunes by the weights of BatchNorm, and no convolution of this model is followed by a BatchNorm "
+                "with weights. Use a model with BatchNorm, or another defense."
+            )
+        fit, held = split(samples, self.held_out, seed)
+        masks, curve = self._masks(model, layers, fit, public, seed)
+        threshold, agreed = self._threshold(model, masks, held.images)
+        pruned = {name: (mask <= threshold).nonzero()[:, 0].tolist() for name, mask in masks.items()}
+        log = {
+            "loss": curve,
+            "masks": {name: mask.tolist() for name, mask in masks.items()},
+            "threshold": threshold,
+            "agreement": agreed,
+            "pruned": pruned,
+            "pruned_share": pruned_share(pruned, layers),
+        }
+        return Repair(_without(model, masks, threshold), self.name, samples.source, self.settings(), log)
+
+    def _masks(
+        self, model: nn.Module, layers: list[Layer], samples: Samples, public: PublicImages | None, seed: int
+    ) -> tuple[Masks, list[float]]:
+        """The masks by BatchNorm, each ``[channels]`` in [0, 1], and the mean loss of each round."""
+        rng, order = stream(seed, "noise"), stream(seed, "repair")
+        distil, still = Distillation(model, public, stream(seed, "distil")), frozen(model)
+        names = [layer.output for layer in layers]
+        given = {k: v for k, v in still.named_parameters() if k.rpartition(".")[0] in names}
+        masks = {n: torch.ones_like(given[f"{n}.weight"], requires_grad=True) for n in names}
+        optimizer = torch.optim.SGD(masks.values(), self.schedule.lr, momentum=0.9)
+        count, curve = max(1, len(samples) // self.schedule.batch_size), []
+        with fast(still) as run:
+            for _ in range(self.schedule.rounds):
+                total = 0.0
+                for batch in torch.randperm(len(samples), generator=order).tensor_split(count):
+                    images, labels = samples.images[batch], samples.labels[batch]
+                    value = self._loss(run, given, masks, images, labels, rng)
+                    if self.schedule.distill:
+                        plain = _perturbed(given, masks, {})
+                        value = value + self.schedule.distill * distil(lambda x, _=None, p=plain: run(x, p), images)
+                    optimizer.zero_grad()
+                    value.backward()
+                    optimizer.step()
+                    with torch.no_grad():
+                        for mask in masks.values():
+                            mask.clamp_(0, 1)
+                    total += value.item()
+                curve.append(total / count)
+        return {n: mask.detach() for n, mask in masks.items()}, curve
+
+    def _loss(
+        self,
+        run: Runner,
+        given: Mapping[str, Tensor],
+        masks: Masks,
+        images: Tensor,
+        labels: Tensor,
+        rng: torch.Generator,
+    ) -> Tensor:
+        noise = {k: (2 * torch.rand(v.shape, generator=rng).to(v) - 1) * self.epsilon for k, v in given.items()}
+        for _ in range(self.steps):
+            shifts = {k: v.requires_grad_() for k, v in noise.items()}
+            still = {n: mask.detach() for n, mask in masks.items()}
+            loss = F.cross_entropy(run(images, _perturbed(given, still, shifts)), labels)
+            gradients = torch.autograd.grad(loss, list(shifts.values()))
+            noise = {
+                k: (v.detach() + self.epsilon * g.sign()).clamp(-self.epsilon, self.epsilon)
+                for (k, v), g in zip(shifts.items(), gradients, strict=True)
+            }
+        natural = F.cross_entropy(run(images, _perturbed(given, masks, {})), labels)
+        robust = F.cross_entropy(run(images, _perturbed(given, masks, noise)), labels)
+        return self.alpha * natural + (1 - self.alpha) * robust
+
+    def _threshold(self, model: nn.Module, masks: Masks, images: Tensor) -> tuple[float, float]:
+        """The largest threshold that keeps agreement on ``images``, and that agreement; −1 prunes nothing."""
+        labels = predict(model, images).argmax(1)
+        for threshold in reversed(THRESHOLDS):
+            found = agreement(_without(model, masks, threshold), labels, images)
+            if found >= 1 - self.tolerance:
+                return threshold, found
+        return -1.0, 1.0
+
+
+def _affine(model: nn.Module, layer: Layer) -> bool:
+    return layer.norm is not None and isinstance(model.get_submodule(layer.norm).weight, Tensor)
+
+
+def _perturbed(given: Mapping[str, Tensor], masks: Masks, shifts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights ``(m + δ) γ`` and biases ``(1 + ξ) β`` by name; a shift that is not given is 0."""
+    made = {}
+    for name, value in given.items():
+        layer, _, part = name.rpartition(".")
+        factor = masks[layer] if part == "weight" else torch.ones_like(value)
+        made[name] = (factor + shifts[name] if name in shifts else factor) * value
+    return made
+
+
+def _without(model: nn.Module, masks: Masks, threshold: float) -> nn.Module:
+    """A copy of ``model`` in eval mode without the channels whose mask is ``threshold`` or less."""
+    pruned = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        for name, mask in masks.items():
+            weight = pruned.get_submodule(name).weight
+            assert isinstance(weight, Tensor)
+            weight[mask <= threshold] = 0
+    return pruned
