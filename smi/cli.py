@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from smi.cli_study import study
 from smi.options import Commands, common, data_options
 
 if TYPE_CHECKING:
@@ -40,6 +41,9 @@ def cli() -> None:
     Example:
       smi demo
     """
+
+
+cli.add_command(study)
 
 
 @cli.command(short_help="Plant a backdoor and remove it, on digits.")

@@ -1,0 +1,137 @@
+"""``smi study``: run a study, see how far it is, and draw its table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from smi.options import cores
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class StudyCommands(click.Group):
+    """``smi study NAME`` means ``smi study run NAME``."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put ``run`` first where no command was named."""
+        if args and not args[0].startswith("-") and args[0] not in self.commands:
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group(cls=StudyCommands, short_help="Attacks × sources × defenses × seeds, resumable.")
+def study() -> None:
+    """Run many removals and compare them. STUDY is a name that ships with smi (quick, digits) or a TOML file.
+
+    \b
+    Examples:
+      smi study quick
+      smi study status quick
+      smi study table quick --csv quick.csv
+    """
+
+
+def located(command: Command) -> Command:
+    """The study and where its files lie."""
+    for option in (
+        click.option("--cache", type=click.Path(path_type=Path, file_okay=False),
+                     help="Victims, priors and samples, shared by studies.  [default: ~/.cache/smi]"),
+        click.option("--out", type=click.Path(path_type=Path, file_okay=False),
+                     help="One JSON a cell.  [default: study-NAME]"),
+        click.argument("name", metavar="STUDY"),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+@study.command()
+@located
+@click.option("--workers", type=click.IntRange(1, 1024), default=cores, show_default="physical cores",
+              help="Processes of one thread each.")  # fmt: skip
+@click.option("--scheduler", help="Address of a running Dask scheduler, tcp://HOST:PORT, instead of own workers.")
+@click.option("--retry", is_flag=True, help="Compute cells that failed again.")
+def run(name: str, out: Path | None, cache: Path | None, workers: int, scheduler: str | None, retry: bool) -> None:
+    """Compute the cells that are missing. May be interrupted and run again at any time: nothing is computed twice.
+
+    The workers of a cluster must see the same files under the same paths, and run one task at a time:
+    dask worker tcp://HOST:PORT --nthreads 1.
+    """
+    from smi.study import run_study
+    from smi.study.results import errors
+
+    chosen, store = _open(name, out, cache)
+    ran = run_study(chosen, store, scheduler=scheduler, workers=workers, retry=retry)
+    click.echo(f"{ran.finished} cells computed, {ran.before} were there, {ran.failed} failed: {store.results}")
+    if ran.failed:
+        for title, error in errors(chosen, store)[:5]:
+            click.echo(f"failed: {title}: {error.partition(chr(10))[0]}", err=True)
+        raise SystemExit(1)
+
+
+@study.command()
+@located
+def status(name: str, out: Path | None, cache: Path | None) -> None:
+    """How many cells are done, failed and missing; why they failed."""
+    from smi.study.results import errors, status as count
+
+    chosen, store = _open(name, out, cache)
+    found = count(chosen, store)
+    click.echo(", ".join(f"{found[state]} {state}" for state in ("done", "failed", "missing")))
+    for title, error in errors(chosen, store):
+        click.echo(f"failed: {title}: {error.partition(chr(10))[0]}")
+
+
+@study.command()
+@located
+@click.option(
+    "--csv", "csv_file", type=click.Path(path_type=Path, dir_okay=False), help="One row a cell, to this file."
+)
+@click.option("--by", multiple=True, type=click.Choice(["domain", "attack", "source", "defense", "seed"]),
+              help="What a row stands for; may be repeated.  [default: attack, source, defense]")  # fmt: skip
+@click.option("--force", is_flag=True, help="Overwrite the CSV file.")
+def table(
+    name: str, out: Path | None, cache: Path | None, csv_file: Path | None, by: tuple[str, ...], force: bool
+) -> None:
+    """The finished cells as a Markdown table of means and worst values; with --csv all of them as rows."""
+    from smi.files import output_file, write_atomic
+    from smi.study.results import as_csv, as_markdown, read_rows, summarise
+
+    chosen, store = _open(name, out, cache)
+    rows = read_rows(chosen, store)
+    if csv_file is not None:
+        write_atomic(csv_file if force else output_file(csv_file), as_csv(rows))
+    click.echo(as_markdown(summarise(rows, by or ("attack", "source", "defense"))))
+
+
+@study.command()
+@located
+@click.argument("picture", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--defense", default="ibau", show_default=True)
+@click.option("--force", is_flag=True, help="Overwrite the picture.")
+def plot(name: str, out: Path | None, cache: Path | None, picture: Path, defense: str, force: bool) -> None:
+    """A picture (.png, .svg, .pdf) of attack success and accuracy by source, for one defense."""
+    from smi.errors import InputError
+    from smi.files import output_file
+    from smi.study.plot import plot_sources
+    from smi.study.results import read_rows
+
+    chosen, store = _open(name, out, cache)
+    rows = [row for row in read_rows(chosen, store) if row["defense"] == defense]
+    if not rows:
+        raise InputError(f"No cell with the defense {defense!r} is finished. Run the study first.")
+    figure = plot_sources(rows)
+    figure.savefig(picture if force else output_file(picture), dpi=120)
+    click.echo(f"wrote {picture}")
+
+
+def _open(name: str, out: Path | None, cache: Path | None) -> tuple[Any, Any]:
+    """The study and its store."""
+    from smi.study import Store, load_study
+    from smi.study.stages import default_cache
+
+    chosen = load_study(name)
+    return chosen, Store((out or Path(f"study-{chosen.name}")).absolute(), (cache or default_cache()).absolute())

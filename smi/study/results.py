@@ -1,0 +1,94 @@
+"""Reads the files of a study: how far it is, its rows, and their summary."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from smi.study.spec import Study
+from smi.study.stages import Store
+
+COLUMNS = (
+    "domain", "attack", "source", "defense", "seed", "n", "acc_before", "asr_before", "acc", "asr", "der", "seconds",
+)  # fmt: skip
+Row = dict[str, Any]
+
+
+def outcome(file: Path) -> str:
+    """``done``, ``failed`` or ``missing``; a file that is not whole counts as missing."""
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "missing"
+    return "failed" if "error" in record else "done"
+
+
+def status(study: Study, store: Store) -> dict[str, int]:
+    """How many cells are done, failed and missing."""
+    found = Counter(outcome(store.cell(cell)) for cell in study.cells)
+    return {state: found[state] for state in ("done", "failed", "missing")}
+
+
+def errors(study: Study, store: Store) -> list[tuple[str, str]]:
+    """Cell and error of those that failed."""
+    failed = [cell for cell in study.cells if outcome(store.cell(cell)) == "failed"]
+    return [(cell.title, json.loads(store.cell(cell).read_text(encoding="utf-8"))["error"]) for cell in failed]
+
+
+def read_rows(study: Study, store: Store) -> list[Row]:
+    """One row a finished cell, with `COLUMNS`; rates in [0, 1], seconds of making the samples and of removal."""
+    rows = []
+    for cell in study.cells:
+        if outcome(store.cell(cell)) != "done":
+            continue
+        record = json.loads(store.cell(cell).read_text(encoding="utf-8"))
+        before, after = record["before"], record["after"]
+        values = (
+            cell.place.domain, cell.attack_name, cell.source, cell.defense_name, cell.seed, record["n"],
+            round(before["acc"], 4), round(before["asr"], 4), round(after["acc"], 4), round(after["asr"], 4),
+            round(after["der"], 4), round(sum(record["seconds"].values()), 1),
+        )  # fmt: skip
+        rows.append(dict(zip(COLUMNS, values, strict=True)))
+    return rows
+
+
+def as_csv(rows: Iterable[Row]) -> str:
+    """Rows as CSV with a header."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def summarise(rows: Iterable[Row], by: Sequence[str] = ("attack", "source", "defense")) -> list[Row]:
+    """Mean and worst ACC, ASR and DER over what has the same values of ``by``, in the order of the rows."""
+    groups: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[tuple(row[name] for name in by)].append(row)
+    made = []
+    for key, members in groups.items():
+        summary: Row = dict(zip(by, key, strict=True)) | {"cells": len(members)}
+        for name, worst in (("acc", min), ("asr", max), ("der", min)):
+            values = [row[name] for row in members]
+            summary |= {name: sum(values) / len(values), f"worst_{name}": worst(values)}
+        made.append(summary)
+    return made
+
+
+def as_markdown(summary: Sequence[Row]) -> str:
+    """A summary as a Markdown table, in percent, with the worst in brackets."""
+    if not summary:
+        return "No cell is finished."
+    by = [name for name in summary[0] if name in COLUMNS[:5]]
+    head = [*by, "cells", "ACC % (worst)", "ASR % (worst)", "DER % (worst)"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in summary:
+        rates = [f"{100 * row[n]:.1f} ({100 * row[f'worst_{n}']:.1f})" for n in ("acc", "asr", "der")]
+        lines.append("| " + " | ".join(map(str, [*(row[n] for n in by), row["cells"], *rates])) + " |")
+    return "\n".join(lines)

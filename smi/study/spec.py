@@ -1,0 +1,186 @@
+"""What a study consists of: a TOML file, checked as a whole before anything runs, and the cells that it stands for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from importlib import resources
+from itertools import product
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from smi.attacks import Attack, attacks
+from smi.classifiers import TrainConfig
+from smi.defenses import Defense, defenses
+from smi.errors import InputError, unknown_name
+from smi.sources import sources
+
+NO_SAMPLES = "none"  # the source of a defense that needs none
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """A domain and what the defender has there.
+
+    domain: as `load_domain` takes it. public: as `load_public` takes it; None for the domain's own. prior: as
+    `load_prior` takes it, or "fit" for one trained on the public images. train: of the classifiers.
+    """
+
+    domain: str
+    public: str | None = None
+    prior: str = "fit"
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One line of the table: a victim, samples and a removal."""
+
+    place: Place
+    attack_name: str
+    attack: Attack
+    source: str
+    defense_name: str
+    defense: Defense
+    per_class: int
+    seed: int
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Everything that the result depends on, as JSON."""
+        return self._victim | {
+            "source": self.source,
+            "per_class": self.per_class,
+            "defense": {"name": self.defense_name, **asdict(self.defense)},
+        }
+
+    @property
+    def _victim(self) -> dict[str, Any]:
+        place = asdict(self.place)
+        attack = self.attack.settings() | {"name": self.attack_name}
+        return {**place, "attack": attack, "seed": self.seed}
+
+    @property
+    def key(self) -> str:
+        """Names the cell's file: a hash of its configuration."""
+        return digest(self.config)
+
+    @property
+    def victim_key(self) -> str:
+        """The same for all cells of one victim."""
+        return digest(self._victim)
+
+    @property
+    def samples_key(self) -> str:
+        """The same for all cells that are repaired with the same samples."""
+        return digest(self._victim | {"source": self.source, "per_class": self.per_class})
+
+    @property
+    def title(self) -> str:
+        """For messages."""
+        return f"{self.place.domain} {self.attack_name} {self.source} {self.defense_name} seed {self.seed}"
+
+
+def digest(config: Mapping[str, Any]) -> str:
+    """A hash of what JSON can hold, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:20]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A name and its cells, none of them twice."""
+
+    name: str
+    cells: tuple[Cell, ...]
+
+    def __len__(self) -> int:
+        return len(self.cells)
+
+
+def shipped() -> list[str]:
+    """Names of the studies that come with the package."""
+    return sorted(file.name.removesuffix(".toml") for file in _folder().iterdir() if file.name.endswith(".toml"))
+
+
+def _folder() -> Any:
+    return resources.files("smi") / "studies"
+
+
+def load_study(name_or_path: str | Path) -> Study:
+    """The study of a shipped name, or of a TOML file. Raises `InputError` for anything in it that cannot be run."""
+    path = Path(name_or_path)
+    if path.suffix == ".toml":
+        if not path.is_file():
+            raise InputError(f"There is no file {path}. Check the path.")
+        text, name = path.read_text(encoding="utf-8"), path.stem
+    else:
+        name = str(name_or_path)
+        if name not in shipped():
+            raise unknown_name("study", name, shipped())
+        text = (_folder() / f"{name}.toml").read_text(encoding="utf-8")
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{name_or_path} is not TOML: {error}. See the shipped studies for examples.") from error
+    return Study(name, tuple(_cells(table, str(name_or_path))))
+
+
+_KEYS = {"seeds", "per_class", "attacks", "domain", "train", "attack", "defense", "grid"}
+
+
+def _cells(table: Mapping[str, Any], where: str) -> Iterator[Cell]:
+    unknown = set(table) - _KEYS
+    missing = {"seeds", "attacks", "domain", "grid"} - set(table)
+    if unknown or missing:
+        raise InputError(
+            f"{where}: unknown keys {sorted(unknown)}, missing keys {sorted(missing)}. Allowed: {sorted(_KEYS)}."
+        )
+    train = _with(TrainConfig(), table.get("train", {}), f"{where}: train")
+    places = [_place(name, own, train, where) for name, own in table["domain"].items()]
+    chosen = [(n, _with(attacks[n](), table.get("attack", {}).get(n, {}), f"{where}: attack.{n}"))
+              for n in table["attacks"]]  # fmt: skip
+    seen = set()
+    for grid in table["grid"]:
+        pairs = [_pair(source, name, table, where) for source, name in product(grid["sources"], grid["defenses"])]
+        for place, (attack_name, attack), (source, defense_name, defense), seed in product(
+            places, chosen, pairs, table["seeds"]
+        ):
+            cell = Cell(
+                place=place, attack_name=attack_name, attack=attack, source=source, defense_name=defense_name,
+                defense=defense, per_class=table.get("per_class", 30), seed=seed,
+            )  # fmt: skip
+            if cell.key not in seen:
+                seen.add(cell.key)
+                yield cell
+
+
+def _place(name: str, own: Mapping[str, Any], train: TrainConfig, where: str) -> Place:
+    own = dict(own)
+    train = _with(train, own.pop("train", {}), f"{where}: domain.{name}.train")
+    return _with(Place(domain=name, train=train), own, f"{where}: domain.{name}")
+
+
+def _pair(source: str, name: str, table: Mapping[str, Any], where: str) -> tuple[str, str, Defense]:
+    defense = _with(defenses[name](), table.get("defense", {}).get(name, {}), f"{where}: defense.{name}")
+    if defense.needs_samples == (source == NO_SAMPLES):
+        needs = "needs samples" if defense.needs_samples else "takes no samples"
+        raise InputError(f"{where}: {name} {needs}, but the source is {source!r}. Put it into a grid of its own.")
+    if source != NO_SAMPLES:
+        sources[source]
+    return source, name, defense
+
+
+def _with(base: T, settings: Mapping[str, Any], where: str) -> T:
+    """A dataclass with some fields replaced; a table stands for settings of a nested one."""
+    assert is_dataclass(base)
+    allowed = [f.name for f in fields(base)]
+    made: dict[str, Any] = {}
+    for name, value in settings.items():
+        if name not in allowed:
+            raise InputError(f"{where} has no setting {name!r}. Allowed: {', '.join(allowed)}.")
+        made[name] = _with(getattr(base, name), value, f"{where}.{name}") if isinstance(value, dict) else value
+    return cast(T, replace(cast(Any, base), **made))

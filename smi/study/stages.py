@@ -1,0 +1,177 @@
+"""The pieces of a study, each computed once and kept as a file: prior, victim, samples, cell.
+
+Files are written whole or not at all, so that a process that is killed loses what it was computing and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from smi.attacks import Attack, plant
+from smi.classifiers import Classifier, build_classifier, train_classifier
+from smi.compute import versions
+from smi.domains import Domain, Samples, load_domain
+from smi.evaluation import Comparison, Evaluator, Measurement
+from smi.files import load_tensors, save_tensors, write_atomic
+from smi.gan import fit_prior
+from smi.priors import GAN, load_prior, save_prior
+from smi.sources import Given, make_samples
+from smi.study.spec import NO_SAMPLES, Cell, Place, digest
+
+PRIOR_SEED = 0  # one prior for all cells of a place
+
+
+@dataclass(frozen=True)
+class Store:
+    """Where files lie. results: one JSON a cell. cache: victims, priors and samples, which can be made again."""
+
+    results: Path
+    cache: Path
+
+    def cell(self, cell: Cell) -> Path:
+        """The file of a cell."""
+        return self.results / f"{cell.key}.json"
+
+    def kept(self, kind: str, key: str) -> Path:
+        """A file of the cache."""
+        folder = self.cache / kind
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"{key}.safetensors"
+
+
+def default_cache() -> Path:
+    """``$XDG_CACHE_HOME/smi``, or ``~/.cache/smi``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "smi"
+
+
+@lru_cache(maxsize=2)
+def _domain(domain: str, public: str | None) -> Domain:
+    return load_domain(domain, public=public)
+
+
+def make_prior(place: Place, store: Store) -> str:
+    """Train the place's prior, if it is to be trained and is not there. Returns its name or file."""
+    if place.prior != "fit":
+        return place.prior
+    file = store.kept("priors", digest({"domain": place.domain, "public": place.public, "seed": PRIOR_SEED}))
+    if not file.exists():
+        images = _domain(place.domain, place.public).public
+        save_prior(fit_prior(images, seed=PRIOR_SEED, checkpoint=file.with_suffix(".checkpoint")), file)
+    return str(file)
+
+
+def make_victim(cell: Cell, store: Store) -> str:
+    """Train the victim of a cell and measure it, if it is not there. Returns its file."""
+    file = store.kept("victims", cell.victim_key)
+    if file.exists():
+        return str(file)
+    start, domain = time.perf_counter(), _domain(cell.place.domain, cell.place.public)
+    surrogate = _surrogate(cell, store, domain) if cell.attack.needs_surrogate else None
+    model, attack = plant(domain.private.train, cell.attack, cell.place.train, surrogate=surrogate, seed=cell.seed)
+    before = Evaluator(domain.private.test, attack).measure(model)
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    tensors |= {f"attack.{name}": value for name, value in (attack.fitted or {}).items()}
+    meta = {
+        "kind": "victim", "arch": cell.place.train.arch, "channels": domain.private.train.images.shape[1],
+        "num_classes": domain.num_classes, "before": asdict(before), "fitted": attack.fitted is not None,
+        "seconds": round(time.perf_counter() - start, 3),
+    }  # fmt: skip
+    save_tensors(file, tensors, meta)
+    return str(file)
+
+
+def _surrogate(cell: Cell, store: Store, domain: Domain) -> nn.Module:
+    """A classifier trained on the clean images, for attacks that are optimised against one; kept like a victim."""
+    train = cell.place.train
+    file = store.kept("surrogates", digest({"domain": cell.place.domain, "train": asdict(train), "seed": cell.seed}))
+    data = domain.private.train
+    if not file.exists():
+        save_tensors(file, train_classifier(data, train, seed=cell.seed).state_dict(), {"kind": "surrogate"})
+    model = build_classifier(train.arch, data.images.shape[1], data.num_classes)
+    model.load_state_dict(load_tensors(file, "surrogate")[0])
+    return model.eval()
+
+
+def load_victim(file: str, attack: Attack) -> tuple[Classifier, Attack, Measurement]:
+    """What `make_victim` wrote: the model, the attack with what it optimised, and the evaluator's measurement."""
+    tensors, meta = load_tensors(file, "victim")
+    model = build_classifier(meta["arch"], meta["channels"], meta["num_classes"])
+    model.load_state_dict({n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")})
+    if meta["fitted"]:
+        own = {n.removeprefix("attack."): t for n, t in tensors.items() if n.startswith("attack.")}
+        attack = replace(attack, fitted=own)
+    return model.eval(), attack, Measurement(**meta["before"])
+
+
+def make_cell_samples(cell: Cell, store: Store, victim: str, prior: str) -> str:
+    """Make the samples of a cell, if they are not there. Returns their file; nothing for a defense without samples."""
+    if cell.source == NO_SAMPLES:
+        return ""
+    file = store.kept("samples", cell.samples_key)
+    if file.exists():
+        return str(file)
+    start, domain = time.perf_counter(), _domain(cell.place.domain, cell.place.public)
+    model, _, _ = load_victim(victim, cell.attack)
+    given = Given(
+        model=model, prior=_prior(prior), public=domain.public, per_class=cell.per_class, seed=cell.seed,
+        private=domain.private.train if cell.source == "clean" else None,
+    )  # fmt: skip
+    samples = make_samples(cell.source, given)
+    meta = {"kind": "samples", "num_classes": samples.num_classes, "seconds": round(time.perf_counter() - start, 3)}
+    save_tensors(file, {"images": samples.images, "labels": samples.labels}, meta)
+    return str(file)
+
+
+@lru_cache(maxsize=2)
+def _prior(name: str) -> GAN:
+    return load_prior(name)
+
+
+def run_cell(cell: Cell, store: Store, victim: str, samples: str) -> str:
+    """Repair and measure, and write the cell's file. Returns it."""
+    file = store.cell(cell)
+    if file.exists():
+        return str(file)
+    domain = _domain(cell.place.domain, cell.place.public)
+    model, attack, before = load_victim(victim, cell.attack)
+    given, made = None, 0.0
+    if samples:
+        tensors, meta = load_tensors(samples, "samples")
+        given, made = Samples(tensors["images"], tensors["labels"], meta["num_classes"], cell.source), meta["seconds"]
+    start = time.perf_counter()
+    repair = cell.defense.repair(model, given, domain.public, seed=cell.seed)
+    spent = time.perf_counter() - start
+    after = Evaluator(domain.private.test, attack).measure(repair.model)
+    result = Comparison(before, after)
+    record = {
+        "config": cell.config,
+        "n": 0 if given is None else len(given),
+        "before": asdict(before),
+        "after": result.as_dict(),
+        "seconds": {"samples": made, "repair": round(spent, 3)},
+        "versions": versions(),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    write_atomic(file, json.dumps(record, indent=1, sort_keys=True) + "\n")
+    return str(file)
+
+
+def record_error(cell: Cell, store: Store, error: BaseException) -> None:
+    """Write into the cell's file why it failed."""
+    record: dict[str, Any] = {"config": cell.config, "error": f"{type(error).__name__}: {error}"}
+    write_atomic(store.cell(cell), json.dumps(record, indent=1, sort_keys=True) + "\n")
+
+
+def one_thread() -> None:
+    """What a worker does first: two threads on one small model are far slower than one where cores are shared."""
+    torch.set_num_threads(1)

@@ -1,0 +1,52 @@
+"""Stand-ins for the pieces of a study: they log what they do, wait a little, and fail where they are told to.
+
+Workers import this module: it must not need pytest.
+"""
+
+import json
+import os
+import time
+
+from smi.files import write_atomic
+
+WAIT = float(os.environ.get("STUDY_WAIT", "0"))
+
+
+def log(store, line):
+    with (store.cache / "log").open("a") as file:
+        file.write(f"{line} {os.getpid()}\n")
+
+
+def make_prior(place, store):
+    log(store, "prior")
+    return "prior"
+
+
+def make_victim(cell, store):
+    file = store.cache / f"victim-{cell.victim_key}"
+    if not file.exists():
+        log(store, f"victim {cell.victim_key}")
+        if cell.attack_name == "blended" and os.environ.get("STUDY_BREAK"):
+            raise ValueError("no such attack today")
+        time.sleep(WAIT)
+        write_atomic(file, "")
+    return str(file)
+
+
+def make_cell_samples(cell, store, victim, prior):
+    log(store, f"samples {cell.samples_key}")
+    assert os.path.exists(victim)
+    return "samples"
+
+
+def run_cell(cell, store, victim, samples):
+    log(store, f"begin {cell.key}")
+    time.sleep(WAIT)
+    rates = {"acc": 0.9, "asr": 0.1, "ra": 0.8}
+    record = {
+        "config": cell.config, "n": 3, "before": {"acc": 0.98, "asr": 1.0, "ra": 0.0}, "after": rates | {"der": 0.91},
+        "seconds": {"samples": 1.0, "repair": 2.0},
+    }  # fmt: skip
+    write_atomic(store.cell(cell), json.dumps(record))
+    log(store, f"end {cell.key}")
+    return str(store.cell(cell))
