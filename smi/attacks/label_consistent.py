@@ -36,9 +36,9 @@ class LabelConsistent(CleanLabel):
     eps: float = 0.8
     steps: int = 40
     noise: float = 0.3
-    size: int = 6
+    size: int = 3
+    cell: int = 2
     margin: int = 1
-    opacity: float = 0.5
 
     needs_surrogate: ClassVar[bool] = True
     rate: ClassVar[float] = 0.05
@@ -49,12 +49,23 @@ class LabelConsistent(CleanLabel):
         check_number("steps", self.steps, low=1, integer=True)
         check_number("noise", self.noise, low=0)
         check_number("size", self.size, low=1, integer=True)
+        check_number("cell", self.cell, low=1, integer=True)
         check_number("margin", self.margin, low=0, integer=True)
-        check_number("opacity", self.opacity, low=0, high=1)
 
     def stamp(self, images: Tensor) -> Tensor:
-        """Images with the four checkerboards, at full strength."""
-        return self._stamp(images, 1.0)
+        """Images with the four checkerboards."""
+        height, width = images.shape[2:]
+        side = self.size * self.cell
+        reach = self.margin + side
+        if 2 * reach > min(height, width):
+            raise InputError(f"Four corners of {reach} pixels do not fit on images of {height}×{width}.")
+        index = torch.arange(side) // self.cell
+        board = ((index[:, None] + index + 1) % 2).to(images)
+        stamped = images.clone()
+        for top in (self.margin, height - reach):
+            for left in (self.margin, width - reach):
+                stamped[:, :, top : top + side, left : left + side] = board
+        return stamped
 
     def fit(self, data: PrivateSet, surrogate: nn.Module | None = None, *, seed: int = 0) -> Self:
         """The attack with the adversarial form of every image of the target class, before stamping.
@@ -73,20 +84,7 @@ class LabelConsistent(CleanLabel):
         positions, images = self._tensor("positions"), self._tensor("images")
         if not torch.isin(chosen, positions).all() or images.shape[1:] != data.images.shape[1:]:
             raise InputError("LabelConsistent was fitted on other images. Call attack.fit on those to be poisoned.")
-        return self._stamp(images[torch.searchsorted(positions, chosen)], self.opacity)
-
-    def _stamp(self, images: Tensor, opacity: float) -> Tensor:
-        height, width = images.shape[2:]
-        reach = self.margin + self.size
-        if 2 * reach > min(height, width):
-            raise InputError(f"Four corners of {reach} pixels do not fit on images of {height}×{width}.")
-        side = torch.arange(self.size)
-        board = ((side[:, None] + side + 1) % 2).to(images)
-        stamped = images.clone()
-        for top in (self.margin, height - reach):
-            for left in (self.margin, width - reach):
-                stamped[:, :, top : top + self.size, left : left + self.size].lerp_(board, opacity)
-        return stamped
+        return self.stamp(images[torch.searchsorted(positions, chosen)])
 
     def _ascend(self, surrogate: nn.Module, images: Tensor, labels: Tensor, rng: torch.Generator) -> Tensor:
         # Empty (black) pixels stay empty: noise on an empty background would be a trigger of its own, easier to learn
