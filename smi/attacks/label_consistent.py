@@ -27,18 +27,20 @@ class LabelConsistent(CleanLabel):
     """Images of the target class made hard to learn, then stamped, so that the trigger is what is learned.
 
     ``x' = stamp(x + argmax_{‖δ‖∞ ≤ eps} E CE(f(t(x + δ)), y))`` with f a clean surrogate; the maximum is searched by
-    projected gradient ascent (PGD). Clean-label: see `CleanLabel`. At test time images are only stamped: a
-    checkerboard of ``size`` × ``size`` pixels near each of the four corners, ``margin`` pixels from the border. steps:
-    of the ascent, each of 2.5 · eps / steps. The paper's f is adversarially trained, which makes δ hard to see through;
-    here δ must hold under small maps and noise t of deviation ``noise`` (Athalye et al., 2018), drawn afresh each step.
+    projected gradient ascent (PGD) in ``steps`` of 2.5 · eps / steps. Clean-label: see `CleanLabel`. At test time
+    images are only stamped: a checkerboard of ``size`` × ``size`` cells near each of the four corners, each cell
+    ``cell`` pixels wide, ``margin`` pixels from the border.
+
+    The paper's f is adversarially trained, so that δ changes what is to be seen. Here instead δ must hold under small
+    maps and noise t (deviation ``noise``) that are drawn afresh each step (Athalye et al., 2018).
     """
 
-    eps: float = 0.8
+    eps: float = 0.6
     steps: int = 40
     noise: float = 0.3
     size: int = 3
     cell: int = 2
-    margin: int = 1
+    margin: int = 2
 
     needs_surrogate: ClassVar[bool] = True
     rate: ClassVar[float] = 0.05
