@@ -246,12 +246,15 @@ def test_fine_pruning_stops_at_the_tolerance() -> None:
 
 
 def test_anp_prunes_the_sensitive_channel_and_without_perturbation_does_not() -> None:
-    """Channel 3 rests just below where it fires: relative noise on its weight and bias turns every image into class 0,
-    while clean images alone say nothing about it.
+    """On clean images channel 3 sees faint noise and stays just below where it fires: relative noise on its weight and
+    bias turns images into class 0, while clean images alone say nothing about it.
     """
     s, found, schedule = thirds(60), {}, Schedule(rounds=60, lr=0.05, batch_size=30, distill=0.0)
-    model = Planted()
-    model.norm.running_mean[3], model.norm.bias.data[3] = -0.5, -0.6
+    s.images[:, 0, 8, 8] = 0.1 * torch.rand(60, generator=torch.Generator().manual_seed(0))
+    model = Planted(bias=-2.0)
+    seen = model.conv(s.images)[:, 3].detach()
+    model.norm.running_mean[3], model.norm.running_var[3] = seen.mean(), seen.var()
+    remembered = model.norm.running_mean.clone()
     assert agreement(model, s.labels, s.images) == 1.0
     assert success(model, s) == 1.0
     for epsilon in (0.4, 0.0):
@@ -262,6 +265,16 @@ def test_anp_prunes_the_sensitive_channel_and_without_perturbation_does_not() ->
     assert success(found[0.4].model, s) == 0.0
     assert found[0.0].log["pruned"] == {"norm": []}
     assert success(found[0.0].model, s) == 1.0
+    assert torch.equal(found[0.4].model.norm.running_mean, remembered), "only the search normalises by the batch"
+
+
+def test_anp_normalises_by_the_batch_while_it_looks_for_masks() -> None:
+    """Statistics that do not fit the images change nothing about the masks, and are those of the repaired model."""
+    s, odd = thirds(60), Planted()
+    odd.norm.running_mean[:] = 7.0
+    tried = ANP(schedule=Schedule(rounds=3, lr=0.1, batch_size=30, distill=0.0), tolerance=1.0)
+    usual, other = (tried.repair(model, s).log["masks"] for model in (Planted(), odd))
+    assert usual == other
 
 
 def test_anp_says_that_it_needs_batchnorm() -> None:
