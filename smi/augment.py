@@ -21,10 +21,12 @@ def random_affine(
     shift: float = 0.0,
     zoom: float = 0.0,
     flip: bool = False,
+    outside: str = "zeros",
 ) -> Tensor:
     """Rotate by up to ``degrees``, shift by up to ``shift`` pixels, zoom by up to ``zoom`` (0.1: 90 to 110 %), mirror.
 
-    images: ``[N, C, H, W]``; each image gets its own map; outside is zero. Bilinear, differentiable.
+    images: ``[N, C, H, W]``; each image gets its own map. outside: what is there, "zeros" or "reflection", as in
+    `torch.nn.functional.grid_sample`. Bilinear, differentiable.
     """
     n, _, height, _ = images.shape
     u = (torch.rand(n, 5, generator=rng) * 2 - 1).to(images)
@@ -35,7 +37,7 @@ def random_affine(
     theta[:, 1, 0], theta[:, 1, 1] = angle.sin() * scale * mirror, angle.cos() * scale
     theta[:, :, 2] = u[:, 2:4] * (2 * shift / height)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, align_corners=False)
+    return F.grid_sample(images, grid, padding_mode=outside, align_corners=False)
 
 
 def random_crop_flip(images: Tensor, rng: torch.Generator, *, pad: int = 4, flip: bool = True) -> Tensor:

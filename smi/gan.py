@@ -88,7 +88,10 @@ class _Training:
     def _real(self, n: int) -> Tensor:
         chosen = self.images[torch.randint(len(self.images), (n,), generator=self.rng)]
         c = self.config
-        return random_affine(chosen, self.rng, degrees=c.degrees, shift=c.shift, zoom=c.zoom, flip=c.flip)
+        # Photographs go on beyond their border: zeros there would teach the prior black frames.
+        return random_affine(
+            chosen, self.rng, degrees=c.degrees, shift=c.shift, zoom=c.zoom, flip=c.flip, outside="reflection"
+        )
 
     @staticmethod
     def _update(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:

@@ -8,7 +8,17 @@ import torch
 from PIL import Image
 from tiny import noise, pixels, png
 
-from smi.domains import Domain, PrivateData, PrivateSet, PublicImages, domains, folder, load_domain, load_public
+from smi.domains import (
+    Domain,
+    PrivateData,
+    PrivateSet,
+    PublicImages,
+    check_source,
+    domains,
+    folder,
+    load_domain,
+    load_public,
+)
 from smi.domains.npz import hold_out
 from smi.errors import InputError
 
@@ -105,6 +115,26 @@ def test_an_unknown_name_gives_the_nearest(load):
         load("cifar")
 
 
+def test_a_missing_file_is_named_with_the_folder_that_relative_paths_start_in(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    private = labelled(tmp_path / "data.npz").name
+    for name in ("data/natural.npz", "photos/natural"):
+        with pytest.raises(InputError, match=rf"no (file|folder) {name} in {tmp_path}, the current folder.*whole path"):
+            load_domain(private, public=name)
+    with pytest.raises(InputError, match=rf"There is no file {tmp_path}/none.npz. Check the path."):
+        load_domain(tmp_path / "none.npz")
+
+
+@pytest.mark.parametrize("name", ["nowhere/at/all", "nothing.npz", "gtsbr"])
+def test_a_source_is_missed_before_anything_is_read(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there.npz").touch()
+    check_source("there.npz")  # empty, but there
+    check_source("gtsrb")
+    with pytest.raises(InputError, match=name):
+        check_source(name)
+
+
 @pytest.mark.parametrize("name", ["nowhere/at/all", "nothing.npz", "pyproject.toml"])
 def test_a_path_that_is_no_domain(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -127,6 +157,43 @@ def test_public_images_from_another_source(tmp_path):
     assert len(domain.public) == 16  # the training part alone: what b tests on stays unseen
     given = PublicImages(noise(3, 1, 8, 8))
     assert load_domain(private, public=given).public is given
+
+
+def test_some_classes_may_be_the_public_images_of_the_others(tmp_path):
+    x, y = pixels(50, 8, 8), np.arange(50) % 5
+    file = save(tmp_path / "a.npz", x_train=x[:30], y_train=y[:30], x_test=x[30:], y_test=y[30:],
+                classes=np.array(["a", "b", "c", "d", "e"]))  # fmt: skip
+    domain = load_domain(file, public="classes:1,3-3")
+    assert domain.classes == ("a", "c", "e")
+    images = torch.from_numpy(x)[:, None] / 255
+    assert torch.equal(domain.public.images, images[:30][np.isin(y[:30], [1, 3])])
+    for part, chosen in ((domain.private.train, slice(0, 30)), (domain.private.test, slice(30, 50))):
+        kept = np.isin(y[chosen], [0, 2, 4])
+        assert torch.equal(part.images, images[chosen][kept])
+        assert part.labels.tolist() == (y[chosen][kept] // 2).tolist()
+        assert part.num_classes == 3
+
+
+@pytest.mark.parametrize(
+    ("public", "message"),
+    [
+        ("classes:", "names no classes"),
+        ("classes:a-b", "names no classes.*classes:0,33-42"),
+        ("classes:1-", "names no classes"),
+        ("classes:3-1", "at least one"),
+        ("classes:1,0-1", "different numbers"),
+        ("classes:4", "from 0 to 3"),
+        ("classes:0-2", "at least two private classes"),
+    ],
+)
+def test_public_classes_that_cannot_be(public, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        load_domain(labelled(tmp_path / "a.npz"), public=public)
+
+
+def test_an_unlabelled_source_has_no_classes_to_give(tmp_path):
+    with pytest.raises(InputError, match="no private data"):
+        load_domain(save(tmp_path / "a.npz", x_train=pixels(5, 8, 8)), public="classes:0")
 
 
 def test_a_defender_is_never_handed_the_private_images(tmp_path, monkeypatch):

@@ -76,18 +76,35 @@ def test_svhn(tmp_path, monkeypatch):
     assert torch.equal(private.test.images, torch.from_numpy(x).permute(3, 2, 0, 1) / 255)
 
 
-def test_gtsrb(tmp_path):
-    base = tmp_path / "gtsrb"
-    for number in (0, 42):
-        png(base / "GTSRB" / "Training" / f"{number:05d}" / "0.ppm", np.full((20, 30, 3), (number, 100, 200), np.uint8))
-    png(base / "GTSRB" / "Final_Test" / "Images" / "t.ppm", np.full((50, 40, 3), 51, np.uint8))
-    (base / "GT-final_test.csv").write_text("Filename;Width;ClassId\nt.ppm;40;17\n")
+def signs(root, tracks, frames=2):
+    """``tracks`` of every class in ``{class: tracks}``; the red channel tells the class, the green one the track."""
+    for number, count in tracks.items():
+        for track in range(count):
+            for frame in range(frames):
+                file = root / "gtsrb" / "GTSRB" / "Training" / f"{number:05d}" / f"{track:05d}_{frame:05d}.ppm"
+                png(file, np.full((20 + frame, 30, 3), (number, track, 200), np.uint8))
+
+
+def test_gtsrb_is_split_by_track(tmp_path):
+    signs(tmp_path, {0: 5, 1: 8, 2: 3})
     domain = load_domain("gtsrb", root=tmp_path)
     assert domain.num_classes == 43
-    assert domain.private.test.labels.tolist() == [17]
-    assert torch.allclose(domain.private.test.images, torch.tensor(0.2))
-    assert domain.private.train.images.shape == (2, 3, 32, 32)
-    assert torch.allclose(domain.private.train.images[0, :, 5, 5], torch.tensor([0, 100, 200]) / 255)
+    tracks = {
+        part: sorted({(int(red), int(green)) for red, green in (own.images[:, :2, 5, 5] * 255).round().tolist()})
+        for part, own in (("train", domain.private.train), ("test", domain.private.test))
+    }
+    assert tracks["test"] == [(0, 2), (1, 2), (1, 7), (2, 2)]
+    assert sorted(tracks["train"] + tracks["test"]) == [(c, t) for c, n in ((0, 5), (1, 8), (2, 3)) for t in range(n)]
+    test = domain.private.test
+    assert test.labels.tolist() == [0, 0, 1, 1, 1, 1, 2, 2]  # two frames a track
+    assert torch.equal((test.images[:, 0, 5, 5] * 255).round().long(), test.labels)
+    assert domain.private.train.images.shape == (24, 3, 32, 32)
+
+
+def test_gtsrb_needs_files_that_name_their_track(tmp_path):
+    png(tmp_path / "gtsrb" / "GTSRB" / "Training" / "00000" / "sign.ppm", pixels(8, 8, 3))
+    with pytest.raises(InputError, match=r"gtsrb is not in .* or is damaged"):
+        load_domain("gtsrb", root=tmp_path)
 
 
 def test_damaged_files_are_bad_input(tmp_path):

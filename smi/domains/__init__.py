@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -19,9 +20,11 @@ __all__ = [
     "PublicImages",
     "Samples",
     "Source",
+    "check_source",
     "domains",
     "load_domain",
     "load_public",
+    "public_classes",
 ]
 
 
@@ -55,14 +58,19 @@ def load_domain(
 ) -> Domain:
     """The domain of a name in `domains`, in an ``.npz`` or in an image folder.
 
-    public: where the public images come from, as `load_public` takes it, or `PublicImages`. Default: the domain's own;
-    ``digits`` and unlabelled sources have some, for others reading ``domain.public`` raises. root: where data sets
-    lie. download: whether they may be fetched. Raises `InputError` for an unknown name (with the nearest ones), for
-    missing or damaged files, and for public images of another shape or from the private source itself.
+    public: where the public images come from, as `load_public` takes it, or `PublicImages`, or ``"classes:33-42"``:
+    these classes of the domain itself, which its private task then is without (`Domain.with_public_classes`).
+    Default: the domain's own; ``digits`` and unlabelled sources have some, for others reading ``domain.public``
+    raises. Relative paths start at the current folder. root: where data sets that go by a name lie. download: whether
+    they may be fetched. Raises `InputError` for an unknown name (with the nearest ones), for missing or damaged files,
+    and for public images of another shape or from the private source itself.
     """
+    labels = public_classes(public) if isinstance(public, str) else None
     domain = _load(name_or_path, root, download)
     if public is None:
         return domain
+    if labels is not None:
+        return domain.with_public_classes(labels)
     if not isinstance(public, PublicImages):
         if domain.private and _hands_over(name_or_path, public):
             raise InputError(
@@ -84,6 +92,27 @@ def load_public(name_or_path: str | Path, *, root: str | Path = "data", download
         return alone()
     domain = _load(name_or_path, root, download)
     return domain.public if domain.has_public else PublicImages(domain.private.train.images)
+
+
+def check_source(name_or_path: str | Path) -> None:
+    """What `load_domain` and `load_public` would look for must be there: a name in `domains`, or a file or folder.
+
+    Nothing is read. Raises `InputError` as they do.
+    """
+    path = Path(name_or_path)
+    if str(name_or_path) not in domains and not path.exists():
+        _load(name_or_path, "data", False)
+
+
+def public_classes(public: str) -> list[int] | None:
+    """The class numbers of ``"classes:0,33-42"``; None for what does not start that way, a name or a path."""
+    if not public.startswith("classes:"):
+        return None
+    ranges = public.removeprefix("classes:").split(",")
+    if not all(re.fullmatch(r"\s*\d{1,6}(-\d{1,6})?\s*", part) for part in ranges):
+        raise InputError(f"{public!r} names no classes. Allowed: numbers and ranges, such as 'classes:0,33-42'.")
+    ends = [(int(part.split("-")[0]), int(part.split("-")[-1])) for part in ranges]
+    return [label for first, last in ends for label in range(first, last + 1)]
 
 
 def _load(name_or_path: str | Path, root: str | Path, download: bool) -> Domain:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Self
 
 import torch
@@ -171,6 +172,24 @@ class Domain:
         """The same domain with other public images, of the same shape."""
         return Domain(self.name, self.classes, self.private, public)
 
+    def with_public_classes(self, labels: Sequence[int]) -> Domain:
+        """The training images of the classes ``labels`` as public images; the task has the other classes alone.
+
+        The classes that stay are numbered anew from 0, in their order. Raises `InputError` unless ``labels`` are
+        different classes of this domain that leave it two or more.
+        """
+        train, test = self.private.train, self.private.test
+        gone = set(labels)
+        kept = [label for label in range(self.num_classes) if label not in gone]
+        if not gone or len(gone) < len(labels) or not gone <= set(range(self.num_classes)) or len(kept) < 2:
+            raise InputError(
+                f"The classes {list(labels)} cannot be the public ones of {self.name!r}. Allowed: different numbers "
+                f"from 0 to {self.num_classes - 1}, at least one, that leave at least two private classes."
+            )
+        public = train.images[torch.isin(train.labels, torch.tensor(sorted(gone)))]
+        private = PrivateData(_only(train, kept), _only(test, kept))
+        return Domain(self.name, [self.classes[label] for label in kept], private, PublicImages(public))
+
     def __repr__(self) -> str:
         public = "no public images" if self._public is None else repr(self._public)
         return f"Domain({self.name!r}, {self.num_classes} classes, {self.private}, {public})"
@@ -189,6 +208,24 @@ def _check_same_shape(name: str, private: Tensor, public: Tensor) -> None:
             f"{tuple(private.shape[2:])}. They must agree. "
             "Try torch.nn.functional.interpolate(images, size=..., mode='area')."
         )
+
+
+def _only(part: PrivateSet, kept: Sequence[int]) -> PrivateSet:
+    """The images of the classes ``kept``, which become 0, 1, …"""
+    number = torch.full((part.num_classes,), -1)
+    number[list(kept)] = torch.arange(len(kept))
+    labels = number[part.labels]
+    return PrivateSet(part.images[labels >= 0], labels[labels >= 0], len(kept))
+
+
+def not_there(kind: str, path: Path) -> InputError:
+    """The error for a missing "file" or "folder"."""
+    if path.is_absolute():
+        return InputError(f"There is no {kind} {path}. Check the path.")
+    return InputError(
+        f"There is no {kind} {path} in {Path.cwd()}, the current folder, where relative paths start. "
+        "Run this from the folder they belong to, or give the whole path."
+    )
 
 
 def private_set(images: Tensor, labels: Tensor, classes: Sequence[str]) -> PrivateSet:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from smi.checks import check_number
 from smi.domains import npz
-from smi.domains.base import Domain, PrivateData, PublicImages, as_float
+from smi.domains.base import Domain, PrivateData, PublicImages, as_float, not_there
 from smi.errors import InputError
 from smi.progress import track
 
@@ -32,7 +32,7 @@ def load(path: str | Path, *, size: int = 32) -> Domain:
     check_number("size", size, low=1, integer=True)
     root = Path(path)
     if not root.is_dir():
-        raise InputError(f"There is no folder {root}. Check the path.")
+        raise not_there("folder", root)
     if (root / "train").is_dir() and (root / "test").is_dir():
         return _split(root, size)
     loose, folders = _files(root), _class_folders(root)

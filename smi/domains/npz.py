@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from smi.domains.base import Domain, PrivateData, PublicImages, as_float, private_set
+from smi.domains.base import Domain, PrivateData, PublicImages, as_float, not_there, private_set
 from smi.errors import InputError
 
 TEST_SHARE = 0.2
@@ -93,7 +93,7 @@ def hold_out(keys: Sequence[bytes], labels: Sequence[int]) -> Tensor:
 
 def _read(file: Path) -> dict[str, np.ndarray]:
     if not file.is_file():
-        raise InputError(f"There is no file {file}. Check the path.")
+        raise not_there("file", file)
     try:
         with np.load(file, allow_pickle=False) as content:
             return {name: content[name] for name in NAMES if name in content.files}

@@ -1,6 +1,7 @@
 """torchvision's data sets as domains: private images and torchvision's own train and test split; no public images.
 
-All come as 32×32: the 28×28 ones are padded with black, as `digits` is; traffic signs are resized.
+All come as 32×32: the 28×28 ones are padded with black, as `digits` is; traffic signs are resized. `gtsrb` is
+torchvision's training part alone, split by recording track (see `_on_test_tracks`).
 """
 
 from __future__ import annotations
@@ -26,13 +27,15 @@ Part = tuple[Tensor, Tensor]
 @dataclass(frozen=True)
 class Source:
     """dataset: torchvision's name. read: its images uint8 ``[N, C, 32, 32]`` and labels. classes: where it has none
-    itself. by_split: takes ``split="train"`` rather than ``train=True``.
+    itself. by_split: takes ``split="train"`` rather than ``train=True``. held_out: which images of torchvision's
+    training part are the test part, bool ``[N]``; without it torchvision's own test part is.
     """
 
     dataset: str
     read: Callable[[Any], Part]
     classes: Sequence[str] | None = None
     by_split: bool = False
+    held_out: Callable[[Any], Tensor] | None = None
 
 
 def load(name: str, root: str | Path = "data", *, download: bool = False) -> Domain:
@@ -42,8 +45,8 @@ def load(name: str, root: str | Path = "data", *, download: bool = False) -> Dom
     """
     source = SOURCES[name]
     try:
-        train, test = (_open(source, Path(root), train, download) for train in (True, False))
-        parts = source.read(train), source.read(test)
+        dataset = _open(source, Path(root), True, download)
+        parts = _parts(source, dataset, lambda: _open(source, Path(root), False, download))
     except Exception as error:  # a missing file, a failed download and each kind of damage raise something else
         if download:
             raise InputError(f"{name} could not be downloaded to {root} or read ({error}). Try again later.") from error
@@ -51,7 +54,7 @@ def load(name: str, root: str | Path = "data", *, download: bool = False) -> Dom
             f"{name} is not in {root}, or is damaged. Nothing is downloaded unasked: pass download=True to allow it, "
             f"or root=FOLDER where torchvision's {source.dataset} lies already."
         ) from error
-    classes = tuple(source.classes or train.classes)
+    classes = tuple(source.classes or dataset.classes)
     private = PrivateData(*(private_set(images, labels, classes) for images, labels in parts))
     return Domain(name, classes, private)
 
@@ -61,6 +64,14 @@ def _open(source: Source, root: Path, train: bool, download: bool) -> Any:
 
     which: dict[str, Any] = {"split": "train" if train else "test"} if source.by_split else {"train": train}
     return getattr(datasets, source.dataset)(str(root), download=download, **which)
+
+
+def _parts(source: Source, dataset: Any, open_test: Callable[[], Any]) -> tuple[Part, Part]:
+    images, labels = source.read(dataset)
+    if source.held_out is None:
+        return (images, labels), source.read(open_test())
+    out = source.held_out(dataset)
+    return (images[~out], labels[~out]), (images[out], labels[out])
 
 
 def _cifar(part: Any) -> Part:
@@ -83,13 +94,26 @@ def _gtsrb(part: Any) -> Part:
     return torch.from_numpy(np.stack(images).transpose(0, 3, 1, 2).copy()), torch.tensor(labels)
 
 
+def _on_test_tracks(part: Any) -> Tensor:
+    """Which traffic signs are tested on, bool ``[N]``: every fifth recording track of a class.
+
+    A track is one sign filmed from a passing car, 30 frames that are nearly alike, so frames of one track on either
+    side would make the test a test of memory. Files are ``CLASS/TRACK_FRAME.ppm``.
+    """
+    from torchvision.datasets.folder import make_dataset
+
+    folder = Path(part.root, "gtsrb", "GTSRB", "Training")
+    files = make_dataset(str(folder), extensions=(".ppm",))  # in the order of ``part``, which does not give its names
+    return torch.tensor([int(Path(file).stem.split("_")[0]) % 5 == 2 for file, _ in files])
+
+
 DIGITS = tuple(str(digit) for digit in range(10))
 SIGNS = tuple(f"sign {number}" for number in range(43))  # the benchmark numbers them and gives no names
 
 SOURCES = {
     "cifar10": Source("CIFAR10", _cifar),
     "cifar100": Source("CIFAR100", _cifar),
-    "gtsrb": Source("GTSRB", _gtsrb, SIGNS, by_split=True),
+    "gtsrb": Source("GTSRB", _gtsrb, SIGNS, by_split=True, held_out=_on_test_tracks),
     "svhn": Source("SVHN", _svhn, DIGITS, by_split=True),
     "mnist": Source("MNIST", _mnist, DIGITS),
     "fashion_mnist": Source("FashionMNIST", _mnist),

@@ -15,6 +15,7 @@ from typing import Any, TypeVar, cast
 from smi.attacks import Attack, attacks
 from smi.classifiers import TrainConfig
 from smi.defenses import Defense, defenses
+from smi.domains import check_source, public_classes
 from smi.errors import InputError, unknown_name
 from smi.sources import sources
 
@@ -26,14 +27,27 @@ T = TypeVar("T")
 class Place:
     """A domain and what the defender has there.
 
-    domain: as `load_domain` takes it. public: as `load_public` takes it; None for the domain's own. prior: as
-    `load_prior` takes it, or "fit" for one trained on the public images. train: of the classifiers.
+    domain, public: as `load_domain` takes them; None for the domain's own public images. prior: as `load_prior` takes
+    it, or "fit" for one trained on the public images. train: of the classifiers. Paths stay as they are written, so
+    that a study names the same cells wherever it lies; relative ones start at the current folder.
     """
 
     domain: str
     public: str | None = None
     prior: str = "fit"
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        for name, value in (("public", self.public), ("prior", self.prior)):
+            if not (isinstance(value, str) or (value is None and name == "public")):
+                raise InputError(f"{name} of {self.domain!r} is {value!r}. Allowed: a name or a path, in quotes.")
+        public_classes(self.public or "")
+
+    def check_present(self) -> None:
+        """Raises `InputError` for a name that does not exist or a file that is not there; nothing is read."""
+        check_source(self.domain)
+        if self.public is not None and public_classes(self.public) is None:
+            check_source(self.public)
 
 
 @dataclass(frozen=True, kw_only=True)
