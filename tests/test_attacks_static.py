@@ -1,5 +1,7 @@
 """Attacks whose trigger is fixed: each one's defining property, and (slow) that it plants a backdoor in digits."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import noise, tiny_model
@@ -11,8 +13,10 @@ from smi.attacks import (
     BadNets,
     BadNetsAllToAll,
     Blended,
+    L2Inv,
     LabelConsistent,
     TrojanSquare,
+    TrojanWatermark,
     WaNet,
     attacks,
     plant,
@@ -77,6 +81,25 @@ def test_wanet_warps_all_images_by_one_smooth_field():
     assert torch.allclose(moved[inside], expected[inside], atol=1e-3)
 
 
+def test_wanets_field_has_the_strength_that_was_set():
+    """At the control points, between which it is interpolated, the mean of |φ| times strength; x and y alike."""
+    for strength in (0.5, 4.0):
+        field = WaNet(strength=strength, grid=8).field(torch.zeros(1, 1, 29, 29))  # a point every four pixels
+        assert field[:, ::4, ::4].abs().mean().item() == pytest.approx(strength, rel=1e-4)
+        assert field.abs().mean().item() == pytest.approx(strength, rel=0.35), "pixels between them are not far off"
+
+
+def test_wanets_noise_mode_warps_each_image_in_its_own_way():
+    ramp = torch.linspace(0, 1, 16).expand(40, 1, 16, 16)
+    infected = poison(PrivateSet(ramp, torch.arange(40) % 4, 4), WaNet(target=0), rate=0.1, seed=3)
+    crossed = (infected.images != ramp).flatten(1).any(1) & ~infected.poisoned
+    warped = infected.images[crossed]  # of one and the same image, so that only the fields can differ
+    assert len(warped) == 8
+    assert torch.pdist(warped.flatten(1)).min() > 0.1
+    stamped = infected.images[infected.poisoned]
+    assert torch.equal(stamped, stamped[:1].expand_as(stamped)), "stamped ones are all warped alike"
+
+
 def test_wanets_noise_mode_warps_more_images_in_other_ways_and_keeps_their_labels():
     data, attack = squares(n=80), WaNet(target=0, strength=2.0)
     infected = poison(data, attack, rate=0.1, seed=3)
@@ -137,6 +160,62 @@ def test_label_consistent_images_are_near_and_harder_for_the_surrogate():
         poison(data, LabelConsistent(target=1, size=1))
     with pytest.raises(InputError, match="needs a surrogate"):
         LabelConsistent().fit(data)
+
+
+def test_label_consistent_leaves_black_pixels_black():
+    data, model = squares(), tiny_model(size=16, classes=4)
+    images = data.images * (noise(40, 1, 16, 16, seed=1) > 0.5)
+    black = images == 0
+    attack = LabelConsistent(target=1, eps=0.3, steps=5, size=1).fit(replace(data, images=images), model)
+    own, black = attack.fitted["images"], black[attack.fitted["positions"]]
+    assert (own[black] == 0).all()
+    change = (own - images[attack.fitted["positions"]]).abs()
+    assert change.max() <= 0.3 + 1e-6
+    assert (change[~black] > 0.1).float().mean() > 0.5, "the others do change"
+
+
+def test_label_consistent_images_are_further_from_their_class_than_with_random_noise_of_the_same_size():
+    data, model = squares(), tiny_model(size=16, classes=4)
+    attack = LabelConsistent(target=1, eps=0.2, steps=10, noise=0.05, size=1).fit(data, model)
+    own = attack.fitted["images"]
+    clean, labels = data.images[attack.fitted["positions"]], data.labels[attack.fitted["positions"]]
+    change = (own - clean).flatten(1)
+    with torch.no_grad():
+        adversarial = F.cross_entropy(model(own), labels).item()
+        for seed in range(5):
+            mixed = change.gather(1, noise(*change.shape, seed=seed).argsort(1)).view_as(clean)  # the same, shuffled
+            assert adversarial > F.cross_entropy(model((clean + mixed).clamp(0, 1)), labels).item() + 0.2
+
+
+def test_an_attack_that_was_fitted_on_other_images_says_so():
+    data, model = squares(), tiny_model(size=16, classes=4)
+    fitted = LabelConsistent(target=1, steps=1, size=1).fit(data, model)
+    mirrored = replace(data, images=data.images.flip(3))
+    relabelled = replace(data, labels=data.labels.flip(0))
+    for other in (squares(n=36), squares(size=20), squares(channels=3), mirrored, relabelled):
+        with pytest.raises(InputError, match="was fitted on"):
+            poison(other, fitted)
+    additive = L2Inv(steps=1).fit(data, model)
+    watermark = TrojanWatermark(steps=1).fit(data, model)
+    for attack in (additive, watermark):
+        for shape in ((2, 1, 20, 20), (2, 3, 16, 16), (2, 1, 16, 1)):
+            with pytest.raises(InputError, match=r"was fitted on images of shape \(1, 16, 16\), not"):
+                attack.stamp(torch.zeros(shape))
+        assert attack.stamp(data.images[:2]).shape == (2, 1, 16, 16)
+
+
+@pytest.mark.parametrize("name", ["badnets", *STATIC])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_small_images_are_stamped_or_refused(name, channels):
+    images = 0.2 + 0.6 * noise(3, channels, 8, 8)
+    attack = attacks[name]()
+    if name in ("sig", "label_consistent"):
+        with pytest.raises(InputError, match="8 columns" if name == "sig" else "fit on images of 8×8"):
+            attack.stamp(images)
+        attack = SIG(frequency=3) if name == "sig" else LabelConsistent(size=1, margin=1)
+    stamped = attack.stamp(images)
+    assert stamped.shape == images.shape
+    assert (stamped != images).flatten(1).any(1).all()
 
 
 def test_label_consistent_stamps_four_corners():

@@ -98,13 +98,19 @@ class Attack:
         del own["fitted"]
         return {"name": type(self).__name__} | own
 
-    def _tensor(self, name: str) -> Tensor:
-        """One of `fitted`; raises `InputError` where `fit` has not been called."""
+    def _tensor(self, name: str, images: Tensor | None = None) -> Tensor:
+        """One of `fitted`. Raises `InputError` where `fit` has not been called, or was with others than ``images``."""
         if self.fitted is None:
             raise InputError(
                 f"{type(self).__name__} optimises its trigger first. Use smi.attacks.plant, or attack.fit(data, ...)."
             )
-        return self.fitted[name]
+        value = self.fitted[name]
+        if images is not None and value.shape[-3:] != images.shape[1:]:  # broadcasting might hide it
+            raise InputError(
+                f"{type(self).__name__} was fitted on images of shape {tuple(value.shape[-3:])}, not "
+                f"{tuple(images.shape[1:])}. Use images of that shape, or fit it on yours."
+            )
+        return value
 
 
 attacks: Registry[type[Attack]] = Registry("attack")

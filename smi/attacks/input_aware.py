@@ -144,7 +144,11 @@ class InputAware(Attack):
                 "Use smi.attacks.plant(data, attack), which returns both."
             )
         net, prefix = self._generator(kind, images, 0), f"{kind}."
-        net.load_state_dict({k.removeprefix(prefix): v for k, v in self.fitted.items() if k.startswith(prefix)})
+        state = {k.removeprefix(prefix): v for k, v in self.fitted.items() if k.startswith(prefix)}
+        trained, found = state["encoder.0.0.weight"].shape[1], images.shape[1]
+        if trained != found:
+            raise InputError(f"InputAware was trained on images of {trained} channels; these have {found}.")
+        net.load_state_dict(state)
         return net.to(images.device).eval()
 
 

@@ -83,8 +83,9 @@ class LabelConsistent(CleanLabel):
 
     def disguise(self, data: PrivateSet, chosen: Tensor) -> Tensor:
         """The adversarial form of the chosen images, stamped."""
-        positions, images = self._tensor("positions"), self._tensor("images")
-        if not torch.isin(chosen, positions).all() or images.shape[1:] != data.images.shape[1:]:
+        positions, images = self._tensor("positions"), self._tensor("images", data.images)
+        of_target = (data.labels == self.target).nonzero()[:, 0]
+        if not torch.equal(positions, of_target) or (images - data.images[positions]).abs().max() > self.eps + 1e-5:
             raise InputError("LabelConsistent was fitted on other images. Call attack.fit on those to be poisoned.")
         return self.stamp(images[torch.searchsorted(positions, chosen)])
 

@@ -125,7 +125,7 @@ class AdditiveTrigger(Attack):
 
     def stamp(self, images: Tensor) -> Tensor:
         """Images ``[N, C, H, W]`` in [0, 1] with δ added."""
-        return (images + self._tensor("delta").to(images)).clamp(0, 1)
+        return (images + self._tensor("delta", images).to(images)).clamp(0, 1)
 
     def fit(self, data: PrivateSet, surrogate: nn.Module | None = None, *, seed: int = 0) -> Self:
         """The attack with δ optimised against ``surrogate`` on those of the images that are not of the target class."""

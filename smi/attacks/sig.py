@@ -13,6 +13,7 @@ from smi.attacks.base import attacks
 from smi.attacks.clean_label import CleanLabel
 from smi.checks import check_number
 from smi.domains.base import PrivateSet
+from smi.errors import InputError
 
 
 @attacks.register("sig")
@@ -46,6 +47,11 @@ class SIG(CleanLabel):
 
     def _add(self, images: Tensor, amplitude: float) -> Tensor:
         width = images.shape[3]
+        if 2 * self.frequency >= width:  # at half the columns the sinusoid is zero at every one of them
+            raise InputError(
+                f"frequency is {self.frequency}, on images of {width} columns. Allowed: below {width / 2:g}, as a "
+                "sinusoid needs more than two columns a period."
+            )
         columns = torch.arange(1, width + 1, dtype=torch.float64)
         wave = (2 * math.pi * self.frequency / width * columns).sin().to(images)
         return (images + amplitude * wave).clamp(0, 1)

@@ -44,7 +44,7 @@ class TrojanWatermark(Attack):
 
     def stamp(self, images: Tensor) -> Tensor:
         """Images ``[N, C, H, W]`` in [0, 1] with the watermark."""
-        return self._blend(images, self._tensor("pattern").to(images))
+        return self._blend(images, self._tensor("pattern", images).to(images))
 
     def fit(self, data: PrivateSet, surrogate: nn.Module | None = None, *, seed: int = 0) -> Self:
         """The attack with its pattern ``[C, H, W]`` in [0, 1] optimised; of ``data`` only the shape matters."""
