@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, cast
 
@@ -141,6 +143,22 @@ LEAST_STEPS = 3  # a round: with fewer samples smaller batches, or the decay com
 StepLoss = Callable[[Runner, Tensor, Tensor], Tensor]
 BeforeRound = Callable[[nn.Module, int], None]
 AfterStep = Callable[[nn.Module], None]
+Follower = Callable[[nn.Module, int], None]
+
+_follower: ContextVar[Follower | None] = ContextVar("follower", default=None)
+
+
+@contextmanager
+def following(follower: Follower) -> Iterator[None]:
+    """Inside the block `train_repair` calls ``follower(model, round)`` before the first round, 0, and after each.
+
+    The model is the one in training: to be looked at, not changed. A defense that trains twice starts again at 0.
+    """
+    token = _follower.set(follower)
+    try:
+        yield
+    finally:
+        _follower.reset(token)
 
 
 def train_repair(
@@ -163,7 +181,9 @@ def train_repair(
     optimizer = torch.optim.AdamW(repaired.parameters(), schedule.lr, weight_decay=schedule.weight_decay)
     steps = min(max(LEAST_STEPS, len(samples) // schedule.batch_size), len(samples))
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_cosine(schedule.rounds * steps))
-    rng, curve = stream(seed, "repair"), []
+    rng, curve, follow = stream(seed, "repair"), [], _follower.get()
+    if follow is not None:
+        follow(repaired, 0)
     for index in range(schedule.rounds):
         if before_round is not None:
             before_round(repaired, index)
@@ -179,6 +199,8 @@ def train_repair(
                 decay.step()
                 total += value.item()
         curve.append(total / steps)
+        if follow is not None:
+            follow(repaired, index + 1)
     return repaired, curve
 
 

@@ -1,0 +1,178 @@
+"""What the samples of a study are like, beside what removal with them achieved: one row a sample set and defense.
+
+Everything here is the evaluator's: the judge and the detectors are trained on private data, and nothing goes back to a
+defense. What is measured is kept in the study's cache, so that an analysis may be interrupted and run again.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smi.analysis.presence import Detector, patch_residual, train_detector, trigger_presence
+from smi.analysis.similarity import similarity
+from smi.attacks import Attack
+from smi.classifiers import build_classifier, train_classifier
+from smi.domains import Domain, Samples, load_domain
+from smi.errors import InputError
+from smi.files import load_tensors, save_tensors
+from smi.progress import track
+from smi.stability import Selection, score_samples
+from smi.study.results import COLUMNS, Row, outcome, read_rows
+from smi.study.spec import NO_SAMPLES, Cell, Study, digest
+from smi.study.stages import Store, is_whole, load_victim
+
+JUDGE_SEED = 1000  # is added to the victim's, which stay below it: judge and victim never start from the same weights
+DEFENSE = "ibau"  # a sample set counts once this removal with it is done
+
+MEASURED = (
+    "frechet", "nearest", "judge_accuracy",
+    "score_joint", "score_input", "score_parameter",
+    "presence", "presence_target", "presence_if_stamped", "detector_hits", "detector_false_alarms", "residual_target",
+)  # fmt: skip
+"""Columns that depend on the samples alone.
+
+frechet, nearest, judge_accuracy: see `Similarity`, against the private test set. score_*: medians of the stability
+score on the victim. presence: the share of the samples that the detector takes for stamped; _target: of those of the
+target class (of all, where every class is a target); _if_stamped: of all once they are stamped, which says whether the
+detector sees on such images at all. detector_*: its rates on the private test set. residual_target: median
+`patch_residual` of the target class, empty for triggers that replace no pixels.
+"""
+
+ANALYSIS_COLUMNS = (*COLUMNS, *MEASURED)
+
+
+@dataclass(frozen=True)
+class SampleSets:
+    """What can be analysed: the finished cells of each sample set, and how many sets of the study are not ready."""
+
+    ready: tuple[tuple[Cell, ...], ...]
+    missing: int
+
+
+def sample_sets(study: Study, store: Store) -> SampleSets:
+    """The sample sets that lie in the cache with their victim and have a finished `DEFENSE` cell."""
+    cells: dict[str, list[Cell]] = defaultdict(list)
+    for cell in study.cells:
+        if cell.source != NO_SAMPLES:
+            cells[cell.samples_key].append(cell)
+    ready = []
+    for members in cells.values():
+        done = tuple(cell for cell in members if outcome(store.cell(cell)) == "done")
+        kept = _samples(members[0], store).exists() and _victim(members[0], store).exists()
+        if kept and any(cell.defense_name == DEFENSE for cell in done):
+            ready.append(done)
+    return SampleSets(tuple(ready), len(cells) - len(ready))
+
+
+def analyse(study: Study, store: Store) -> list[Row]:
+    """`ANALYSIS_COLUMNS` of each finished cell of the sets that are ready (`sample_sets` says how many are not)."""
+    rows = []
+    for cells in track(sample_sets(study, store).ready, f"analysis of {study.name}"):
+        measured = _kept_measurements(cells[0], store)
+        rows += [row | measured for row in read_rows(Study(study.name, cells), store)]
+    return rows
+
+
+def _kept_measurements(cell: Cell, store: Store) -> Row:
+    file = store.kept("analyses", digest({"samples": cell.samples_key, "columns": MEASURED}))
+    if not is_whole(file, "analysis"):
+        save_tensors(file, {}, {"kind": "analysis", "measured": _measure(cell, store)})
+    return {name: load_tensors(file, "analysis")[1]["measured"][name] for name in MEASURED}
+
+
+def _measure(cell: Cell, store: Store) -> Row:
+    model, attack, _ = load_victim(str(_victim(cell, store)), cell.attack)
+    tensors, meta = load_tensors(_samples(cell, store), "samples")
+    samples = Samples(tensors["images"], tensors["labels"], meta["num_classes"], cell.source)
+    domain = _domain(cell.place.domain, cell.place.public)
+    alike = similarity(_judge(cell, store, domain), samples, domain.private.test)
+    values = {"frechet": alike.frechet, "nearest": alike.nearest, "judge_accuracy": alike.accuracy}
+    values |= _scores(model, samples, cell.seed)
+    values |= _presence(_detector(cell, store, domain, attack), attack, samples, domain)
+    return {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in values.items()}
+
+
+def _scores(model: nn.Module, samples: Samples, seed: int) -> Row:
+    joint = Selection()
+    kinds = {"joint": joint, "input": replace(joint, sigma_w=0.0), "parameter": replace(joint, sigma_x=0.0)}
+    return {
+        f"score_{name}": score_samples(model, samples, selection, seed=seed).median().item()
+        for name, selection in kinds.items()
+    }
+
+
+def _presence(detector: Detector, attack: Attack, samples: Samples, domain: Domain) -> Row:
+    wanted = attack.relabel(domain.private.train.labels, samples.num_classes).unique()
+    target = samples.images[torch.isin(samples.labels, wanted)]
+    return {
+        "presence": trigger_presence(detector, samples.images),
+        "presence_target": trigger_presence(detector, target) if len(target) else None,
+        "presence_if_stamped": trigger_presence(detector, attack.stamp(samples.images)),
+        "detector_hits": detector.hits,
+        "detector_false_alarms": detector.false_alarms,
+        "residual_target": _residual(target, attack, domain.private.test.images),
+    }
+
+
+def _residual(images: Tensor, attack: Attack, clean: Tensor) -> float | None:
+    try:
+        return patch_residual(images, attack, clean).median().item() if len(images) else None
+    except InputError:  # a trigger that replaces no pixels
+        return None
+
+
+def _judge(cell: Cell, store: Store, domain: Domain) -> nn.Module:
+    """A classifier trained on the clean private images with a seed of its own."""
+    train, data, seed = cell.place.train, domain.private.train, JUDGE_SEED + cell.seed
+    key = digest({"domain": cell.place.domain, "public": cell.place.public, "train": asdict(train), "seed": seed})
+    return _kept_model(
+        cell, store, "judge", key, data.num_classes, lambda: (train_classifier(data, train, seed=seed), {})
+    )[0]
+
+
+def _detector(cell: Cell, store: Store, domain: Domain, attack: Attack) -> Detector:
+    """The detector of a victim's trigger."""
+
+    def make() -> tuple[nn.Module, dict[str, Any]]:
+        seed = JUDGE_SEED + cell.seed
+        made = train_detector(domain.private.train, domain.private.test, attack, cell.place.train, seed=seed)
+        return made.model, {"hits": made.hits, "false_alarms": made.false_alarms}
+
+    model, rates = _kept_model(cell, store, "detector", cell.victim_key, 2, make)
+    return Detector(model, rates["hits"], rates["false_alarms"])
+
+
+def _kept_model(
+    cell: Cell, store: Store, kind: str, key: str, outputs: int, make: Callable[[], tuple[nn.Module, dict[str, Any]]]
+) -> tuple[nn.Module, dict[str, Any]]:
+    """A classifier of the cell's architecture and what is known of it: made once and kept, like a victim."""
+    file = store.kept(f"{kind}s", key)
+    if not is_whole(file, kind):
+        model, known = make()
+        save_tensors(file, model.state_dict(), {"kind": kind, "known": known})
+    tensors, meta = load_tensors(file, kind)
+    channels = _domain(cell.place.domain, cell.place.public).private.train.images.shape[1]
+    kept = build_classifier(cell.place.train.arch, channels, outputs)
+    kept.load_state_dict(tensors)
+    return kept.eval(), meta["known"]
+
+
+@lru_cache(maxsize=2)
+def _domain(domain: str, public: str | None) -> Domain:
+    return load_domain(domain, public=public)  # the public side may take classes from the private one
+
+
+def _samples(cell: Cell, store: Store) -> Path:
+    return store.kept("samples", cell.samples_key)
+
+
+def _victim(cell: Cell, store: Store) -> Path:
+    return store.kept("victims", cell.victim_key)
