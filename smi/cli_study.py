@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar
 
 import click
@@ -53,23 +56,64 @@ def located(command: Command) -> Command:
 @click.option("--workers", type=click.IntRange(1, 1024), default=cores, show_default="physical cores",
               help="Processes of one thread each.")  # fmt: skip
 @click.option("--scheduler", help="Address of a running Dask scheduler, tcp://HOST:PORT, instead of own workers.")
+@click.option("--resource", metavar="NAME", help="With --scheduler: use only workers that have this Dask resource.")
 @click.option("--retry", is_flag=True, help="Compute cells that failed again.")
-def run(name: str, out: Path | None, cache: Path | None, workers: int, scheduler: str | None, retry: bool) -> None:
-    """Compute the cells that are missing. May be interrupted and run again at any time: nothing is computed twice.
+def run(
+    name: str, out: Path | None, cache: Path | None, workers: int, scheduler: str | None, resource: str | None,
+    retry: bool,
+) -> None:  # fmt: skip
+    """Compute the cells that are missing. May be stopped (Ctrl-C) and run again at any time: what is done stays.
 
-    The workers of a cluster must see the same files under the same paths, and run one task at a time:
-    dask worker tcp://HOST:PORT --nthreads 1.
+    The workers of a cluster must see the same files under the same paths, and run one task at a time. A resource is
+    a tag of your choice, of which every task takes one unit.
+
+    \b
+    Example:
+      dask scheduler
+      dask worker tcp://HOST:8786 --nthreads 1 --resources "GPU=1"
+      smi study digits --scheduler tcp://HOST:8786 --resource GPU
     """
     from smi.study import run_study
-    from smi.study.results import errors
+    from smi.study.results import errors, status as count
 
     chosen, store = _open(name, out, cache)
-    ran = run_study(chosen, store, scheduler=scheduler, workers=workers, retry=retry)
+    try:
+        with _stoppable():
+            ran = run_study(chosen, store, scheduler=scheduler, workers=workers, resource=resource, retry=retry)
+    except Stopped as stop:
+        done = count(chosen, store)["done"]
+        click.echo(f"Stopped: {done} of {len(chosen)} cells are done. The same command goes on from there.", err=True)
+        raise SystemExit(128 + stop.signal) from None
     click.echo(f"{ran.finished} cells computed, {ran.before} were there, {ran.failed} failed: {store.results}")
     if ran.failed:
         for title, error in errors(chosen, store)[:5]:
             click.echo(f"failed: {title}: {error.partition(chr(10))[0]}", err=True)
         raise SystemExit(1)
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM. signal: its number."""
+
+    def __init__(self, signal: int) -> None:
+        super().__init__()
+        self.signal = signal
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Ctrl-C and SIGTERM raise `Stopped` in the block; while that cleans up, a second one ends the process at once."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
+        raise Stopped(number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @study.command()
@@ -126,6 +170,41 @@ def plot(name: str, out: Path | None, cache: Path | None, picture: Path, defense
     figure = plot_sources(rows)
     figure.savefig(picture if force else output_file(picture), dpi=120)
     click.echo(f"wrote {picture}")
+
+
+@study.command()
+@located
+@click.option("--csv", "csv_file", type=click.Path(path_type=Path, dir_okay=False), required=True,
+              help="One row a sample set and defense, to this file.")  # fmt: skip
+@click.option("--plot", "picture", type=click.Path(path_type=Path, dir_okay=False),
+              help="Similarity, stability and trigger presence, to this picture (.png, .svg, .pdf).")  # fmt: skip
+@click.option("--force", is_flag=True, help="Overwrite the files.")
+def analyse(name: str, out: Path | None, cache: Path | None, csv_file: Path, picture: Path | None, force: bool) -> None:
+    """What the samples of finished cells are like: similarity to real images, stability, presence of the trigger.
+
+    Trains a judge a seed and a detector an attack and seed, and keeps them and what they say in the cache.
+    """
+    from smi.analysis.figures import overview
+    from smi.analysis.study import ANALYSIS_COLUMNS, DEFENSE, analyse as measure, sample_sets
+    from smi.errors import InputError
+    from smi.files import output_file, write_atomic
+    from smi.study.results import as_csv
+
+    chosen, store = _open(name, out, cache)
+    files = [file for file in (csv_file, picture) if file is not None]
+    for file in files if not force else []:
+        output_file(file)
+    missing = sample_sets(chosen, store).missing
+    rows = measure(chosen, store)
+    if not rows:
+        raise InputError(
+            f"No sample set of {chosen.name} is ready: each needs its files in the cache and a done {DEFENSE} cell. "
+            "Run the study first, with the same --cache."
+        )
+    write_atomic(csv_file, as_csv(rows, ANALYSIS_COLUMNS))
+    if picture is not None:
+        overview(rows).savefig(picture, dpi=120)
+    click.echo(f"wrote {', '.join(map(str, files))}: {len(rows)} rows; {missing} sample sets were not ready")
 
 
 def _open(name: str, out: Path | None, cache: Path | None) -> tuple[Any, Any]:

@@ -1,18 +1,51 @@
-"""Progress bars: one helper, so that they look alike in a terminal and in a notebook and can be switched off."""
+"""Progress: one helper, so that it looks alike in a terminal, a notebook and a log, and can be switched off."""
 
 from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterable, Iterator
+from operator import length_hint
 from typing import TypeVar
 
 from tqdm.auto import tqdm
 
 T = TypeVar("T")
+EVERY = 60.0  # seconds between two lines of a log
 
 
-def track(steps: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
-    """Iterate behind a bar called ``what``; hidden by ``SMI_PROGRESS=0`` and where stderr is a file."""
-    hidden = os.environ.get("SMI_PROGRESS") == "0" or ("ipykernel" not in sys.modules and not sys.stderr.isatty())
-    return iter(tqdm(steps, desc=what, total=total, disable=hidden, leave=False))
+def track(
+    steps: Iterable[T], what: str, total: int | None = None, *, unit: str = "steps", before: int = 0
+) -> Iterator[T]:
+    """Iterate and show how far it is: a bar in a terminal or notebook, elsewhere at most one line a minute on stderr.
+
+    what: the name of the bar. total: how many steps there are in all; by default as many as ``steps`` says it has.
+    before: how many of them were done earlier; the time that is left is told from the others. ``SMI_PROGRESS=0``
+    hides it.
+    """
+    total = total or length_hint(steps) or None
+    if os.environ.get("SMI_PROGRESS") == "0":
+        return iter(steps)
+    if "ipykernel" in sys.modules or sys.stderr.isatty():
+        return iter(tqdm(steps, desc=what, total=total, unit=f" {unit}", initial=before, leave=False))
+    return _logged(steps, what, total, unit, before)
+
+
+def _logged(steps: Iterable[T], what: str, total: int | None, unit: str, before: int) -> Iterator[T]:
+    start = told = time.monotonic()
+    for done, step in enumerate(steps, 1):
+        yield step
+        now = time.monotonic()
+        if now - told >= EVERY:
+            told = now
+            line = f"{what}: {before + done}{f' of {total}' if total else ''} {unit}, {spoken(now - start)} so far"
+            left = (total - before - done) * (now - start) / done if total else 0
+            print(f"{line}, about {spoken(left)} left" if left > 0 else line, file=sys.stderr, flush=True)
+
+
+def spoken(seconds: float) -> str:
+    """A time as one says it: "40 s", "12 min", "2.5 h"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"

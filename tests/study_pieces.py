@@ -3,9 +3,12 @@
 Workers import this module: it must not need pytest.
 """
 
+import errno
 import json
 import os
 import time
+
+from distributed import get_worker
 
 from smi.files import write_atomic
 
@@ -14,7 +17,7 @@ WAIT = float(os.environ.get("STUDY_WAIT", "0"))
 
 def log(store, line):
     with (store.cache / "log").open("a") as file:
-        file.write(f"{line} {os.getpid()}\n")
+        file.write(f"{line} {os.getpid()} {get_worker().name}\n")
 
 
 def make_prior(place, store):
@@ -41,6 +44,8 @@ def make_cell_samples(cell, store, victim, prior):
 
 def run_cell(cell, store, victim, samples):
     log(store, f"begin {cell.key}")
+    if os.environ.get("STUDY_FULL"):
+        raise OSError(errno.ENOSPC, "No space left on device")
     time.sleep(WAIT)
     rates = {"acc": 0.9, "asr": 0.1, "ra": 0.8}
     record = {

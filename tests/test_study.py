@@ -1,21 +1,32 @@
 """Studies: what a file stands for, that nothing is lost or done twice, and what the tables say."""
 
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import study_pieces
+import torch
 from click.testing import CliRunner
+from distributed import Scheduler, SpecCluster, Worker
+from tiny import noise
 
+import smi.study.run
+from smi import progress
 from smi.cli import cli
+from smi.domains import Domain, PrivateData, PrivateSet, PublicImages
 from smi.errors import InputError
-from smi.study import Store, load_study, read_rows, run_study, status, summarise
+from smi.files import load_tensors
+from smi.study import Store, load_study, read_rows, run_study, stages, status, summarise
 from smi.study.results import as_csv, as_markdown, errors, outcome
 from smi.study.spec import shipped
 
@@ -91,11 +102,37 @@ def test_keys_depend_on_the_configuration_alone(small, tmp_path):
 
 
 def test_the_shipped_studies_load():
-    assert shipped() == ["digits", "quick"]
+    assert shipped() == ["cifar10", "digits", "gtsrb", "quick"]
     digits = load_study("digits")
     assert len(digits) == 12 * 3 * (9 + 4 + 1)
     assert min(cell.seed for cell in digits.cells) == 20
     assert max(cell.seed for cell in digits.cells) < 100, "seeds from 100 up are for development"
+    for name, per_class in (("gtsrb", 12), ("cifar10", 50)):
+        colour = load_study(name)
+        assert len(colour) == 4 * 3 * (6 + 1)
+        (place,) = {cell.place for cell in colour.cells}
+        assert (place.domain, place.public, place.prior) == (f"data/{name}.npz", "data/natural.npz", "fit")
+        assert {cell.per_class for cell in colour.cells} == {per_class}  # about 500 images for 43 classes as for 10
+
+
+def test_a_place_keeps_its_paths_as_they_are_written(small, tmp_path, monkeypatch):
+    """A study is the same study in another folder or on another machine."""
+    small.write_text(SMALL.replace("[domain.digits]", '[domain."data/a.npz"]\npublic = "data/b.npz"'))
+    keys = []
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+        monkeypatch.chdir(tmp_path / folder)
+        study = load_study(small)
+        keys.append([cell.key for cell in study.cells])
+    assert keys[0] == keys[1]
+    place = study.cells[0].place
+    assert (place.domain, place.public) == ("data/a.npz", "data/b.npz")
+    for name in ("a", "b"):
+        with pytest.raises(InputError, match=rf"no file data/{name}.npz in {tmp_path}/there"):
+            place.check_present()
+        (tmp_path / "there" / "data").mkdir(exist_ok=True)
+        (tmp_path / "there" / "data" / f"{name}.npz").touch()
+    place.check_present()
 
 
 @pytest.mark.parametrize(
@@ -105,6 +142,9 @@ def test_the_shipped_studies_load():
         ("seeds = [1, 2]", "seeds = [1]\nsedes = 2", "unknown keys .'sedes'."),
         ('"badnets", "blended"', '"badnet"', "Did you mean 'badnets'"),
         ('["clean", "smi"]', '["clean", "sim"]', "Did you mean 'smi'"),
+        ('prior = "digits"', "prior = 3", "prior of 'digits' is 3"),
+        ('prior = "digits"', 'public = ["a"]', "public of 'digits' is .'a'."),
+        ('prior = "digits"', 'public = "classes:x"', "names no classes"),
         ("size = 3", "sizes = 3", "attack.badnets has no setting 'sizes'"),
         ("rounds = 2", "rounds = 0", "rounds is 0"),
         ('["none"]', '["smi"]', "clp takes no samples"),
@@ -213,6 +253,175 @@ def lost(store):
     """Cells that were begun more often than they ended: what was in flight when something was killed."""
     ends = logged(store, "end")
     return {key for key, count in Counter(key for key, _ in begun(store)).items() if count > ends[key]}
+
+
+COMMAND = """
+import sys, study_pieces, smi.study
+from functools import partial
+from smi.cli import main
+if __name__ == "__main__":
+    smi.study.run_study = partial(smi.study.run_study, pieces=study_pieces)
+    main()
+"""
+
+
+def in_session(leader):
+    """Processes that were started by the process ``leader``, which began a session, or by those."""
+    stats = {p.name: p / "stat" for p in Path("/proc").iterdir() if p.name.isdigit()}
+    found = []
+    for pid, stat in stats.items():
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if fields[0] != "Z" and int(fields[3]) == leader:
+            found.append(int(pid))
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads /proc")
+@pytest.mark.parametrize(
+    ("number", "begins"),
+    [(signal.SIGTERM, 6), (signal.SIGINT, 6), (signal.SIGINT, None)],
+    ids=["terminated", "ctrl-c", "ctrl-c while it starts"],
+)
+def test_stopping_ends_the_workers_and_says_how_far_it_is(small, store, tmp_path, number, begins):
+    script = tmp_path / "command.py"
+    script.write_text(COMMAND)
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    where = ["--out", str(store.results), "--cache", str(store.cache)]
+    process = subprocess.Popen(
+        [sys.executable, str(script), "study", "run", str(small), *where, "--workers", "2"],
+        env=os.environ | {"PYTHONPATH": path, "STUDY_WAIT": "0.4"}, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    if begins:
+        wait_for(lambda: len(begun(store)) >= begins)
+    else:
+        wait_for(lambda: len(in_session(process.pid)) >= 3)  # multiprocessing's own process, and a first worker
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does: every process of the group gets it
+    else:
+        process.send_signal(number)
+    _, told = process.communicate(timeout=60)
+    done = status(load_study(small), store)["done"]
+    assert told == f"Stopped: {done} of 16 cells are done. The same command goes on from there.\n"
+    assert process.returncode == 128 + number
+    assert 0 < done < 16 if begins else done == 0
+    wait_for(lambda: not in_session(process.pid))
+
+
+def test_without_a_terminal_a_line_now_and_then_says_how_much_time_is_left(monkeypatch, capsys):
+    monkeypatch.delenv("SMI_PROGRESS", raising=False)
+    clock = count(0, 45)  # seconds; it is read once at the start and once a step
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    steps = progress.track(iter(range(40)), "study s", 504, unit="cells", before=464)
+    assert list(steps) == list(range(40))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 20  # of 40 steps, every second one is more than a minute after the last line
+    assert lines[0] == "study s: 466 of 504 cells, 2 min so far, about 28 min left"  # 38 cells of 45 s
+    assert lines[-1] == "study s: 504 of 504 cells, 30 min so far"
+    monkeypatch.setenv("SMI_PROGRESS", "0")
+    assert list(progress.track([1, 2], "s")) == [1, 2]
+    assert capsys.readouterr().err == ""
+    assert [progress.spoken(s) for s in (40, 700, 9000)] == ["40 s", "12 min", "2.5 h"]
+
+
+def cluster(**resources):
+    """A Dask cluster in this process: a worker of one thread for every name, with these resources."""
+    workers = {name: {"cls": Worker, "options": {"nthreads": 1, "resources": r}} for name, r in resources.items()}
+    options = {"dashboard_address": None, "port": 0}
+    return SpecCluster(workers=workers, scheduler={"cls": Scheduler, "options": options}, silence_logs=50)
+
+
+def test_a_resource_chooses_the_workers(small, store, monkeypatch):
+    study = load_study(small)
+    with cluster(plain={}, tagged={"GPU": 1}) as running:
+        where = [str(small), "--out", str(store.results), "--cache", str(store.cache)]
+        run_study(study, store, scheduler=running.scheduler_address, resource="GPU", pieces=study_pieces)
+        assert status(study, store)["done"] == 16
+        names = {line.split()[-1] for line in (store.cache / "log").read_text().splitlines()}
+        assert names == {"tagged"}
+        monkeypatch.setattr(smi.study.run, "PATIENCE", 0.5)
+        store.cell(study.cells[0]).unlink()
+        options = ["--scheduler", running.scheduler_address, "--resource", "TPU"]
+        found = CliRunner().invoke(cli, ["study", *where, *options])
+        assert found.exit_code == 2
+        assert "no worker with the resource 'TPU' (2 in all)" in found.output
+        assert f'dask worker {running.scheduler_address} --nthreads 1 --resources "TPU=1"' in found.output
+    with cluster() as running, pytest.raises(InputError, match=r"has had no worker \(0 in all\)"):
+        run_study(study, store, scheduler=running.scheduler_address, pieces=study_pieces)
+    with pytest.raises(InputError, match="Name the cluster's scheduler"):
+        run_study(study, store, resource="GPU", pieces=study_pieces)
+
+
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "nowhere at all"])
+def test_a_scheduler_that_is_not_there(small, store, monkeypatch, address):
+    monkeypatch.setattr(smi.study.run, "ANSWER", 0.5)
+    with pytest.raises(InputError, match="No Dask scheduler answers at"):
+        run_study(load_study(small), store, scheduler=address, pieces=study_pieces)
+    gc.collect()  # now: later it may happen in the thread of another cluster, which Dask then fails to start
+
+
+def test_a_scheduler_that_goes_away(small, store, monkeypatch):
+    study = load_study(small)
+    monkeypatch.setattr(study_pieces, "WAIT", 0.3)
+    with cluster(only={}) as running:
+        threading.Timer(1.5, running.close).start()
+        with pytest.raises(InputError, match="The Dask scheduler went away"):
+            run_study(study, store, scheduler=running.scheduler_address, pieces=study_pieces)
+    assert status(study, store)["failed"] == 0, "a cell is not at fault where a cluster ends"
+
+
+def test_a_full_disk_ends_the_study_and_fails_no_cell(small, store, monkeypatch):
+    study = load_study(small)
+    monkeypatch.setenv("STUDY_FULL", "1")
+    with cluster(only={}) as running, pytest.raises(InputError, match=r"No space left on device\. Make room in"):
+        run_study(study, store, scheduler=running.scheduler_address, pieces=study_pieces)
+    assert status(study, store) == {"done": 0, "failed": 0, "missing": 16}
+
+
+def test_folders_that_cannot_be_written_to(small, store, tmp_path):
+    (tmp_path / "file").touch()
+    for results, cache in ((tmp_path / "file", store.cache), (store.results, tmp_path / "file" / "cache")):
+        with pytest.raises(InputError, match=r"Nothing can be written to .*file"):
+            run_study(load_study(small), Store(results, cache), pieces=study_pieces)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks are of POSIX")
+def test_one_run_at_a_time(small, store):
+    store.results.mkdir()
+    with smi.study.run._alone(store.results), pytest.raises(InputError, match="Another run is at work on"):
+        run_study(load_study(small), store, pieces=study_pieces)
+    with smi.study.run._alone(store.results):  # it was given back
+        assert not list(store.results.iterdir()), "nothing that would be committed with the results"
+
+
+def test_damaged_files_of_the_cache_are_made_again(small, store, monkeypatch):
+    data = PrivateSet(noise(40, 1, 32, 32), torch.arange(40) % 10, 10)
+    domain = Domain("tiny", [str(i) for i in range(10)], PrivateData(data, data), PublicImages(data.images))
+    monkeypatch.setattr(stages, "_domain", lambda *_: domain)
+    cell = next(c for c in load_study(small).cells if c.source == "clean")
+
+    def made():
+        victim = stages.make_victim(cell, store)
+        files = {"victim": Path(victim), "samples": Path(stages.make_cell_samples(cell, store, victim, "digits"))}
+        return files, [load_tensors(file, kind)[0] for kind, file in files.items()]
+
+    files, before = made()
+    for file in files.values():
+        content = file.read_bytes()
+        file.unlink()  # the tensors that were read are views of the old file
+        file.write_bytes(content[:-100])
+    with pytest.warns(UserWarning, match="is damaged: it is removed") as warned:
+        again, after = made()
+    assert again == files
+    assert len(warned) == 2
+    for old, new in zip(before, after, strict=True):
+        torch.testing.assert_close(new, old, rtol=0, atol=0)
+    stamps = [file.stat().st_mtime_ns for file in files.values()]
+    made()
+    assert [file.stat().st_mtime_ns for file in files.values()] == stamps, "what is whole stays"
 
 
 def test_a_file_that_is_not_whole_counts_as_missing(small, store):

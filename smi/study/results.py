@@ -57,10 +57,10 @@ def read_rows(study: Study, store: Store) -> list[Row]:
     return rows
 
 
-def as_csv(rows: Iterable[Row]) -> str:
+def as_csv(rows: Iterable[Row], columns: Sequence[str] = COLUMNS) -> str:
     """Rows as CSV with a header."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()

@@ -1,12 +1,46 @@
-"""Hands the pieces of a study to Dask workers, and keeps going when one of them fails."""
+"""Hands the pieces of a study to Dask workers, and keeps going when one of them fails.
+
+On a cluster, workers must see the same files under the same paths, and run one task at a time (one thread each). They
+may be tagged with a Dask resource, so that a study takes those that have it and leaves the others alone. SLURM, by
+dask-jobqueue:
+
+    from dask_jobqueue import SLURMCluster
+    cluster = SLURMCluster(
+        cores=1, processes=1, memory="8GB", walltime="04:00:00",
+        job_extra_directives=["--gres=gpu:1"], worker_extra_args=["--resources GPU=1"],
+    )
+    cluster.scale(jobs=8)
+    run_study(study, store, scheduler=cluster.scheduler_address, resource="GPU")
+
+Kubernetes, by dask-kubernetes and its operator; a volume of the claim "shared" holds the files:
+
+    from dask_kubernetes.operator import KubeCluster, make_cluster_spec
+    command = "dask worker --nthreads 1 --resources GPU=1"
+    spec = make_cluster_spec(name="smi", image="REGISTRY/smi", n_workers=8, worker_command=command)
+    pod = spec["spec"]["worker"]["spec"]
+    pod["volumes"] = [{"name": "shared", "persistentVolumeClaim": {"claimName": "shared"}}]
+    pod["containers"][0]["volumeMounts"] = [{"name": "shared", "mountPath": "/shared"}]
+    pod["containers"][0]["resources"] = {"limits": {"nvidia.com/gpu": "1"}}
+    cluster = KubeCluster(custom_cluster_spec=spec)
+    run_study(study, store, scheduler=cluster.scheduler_address, resource="GPU")  # from a pod with that volume
+"""
 
 from __future__ import annotations
 
+import errno
+import os
+import signal
+import tempfile
+import time
 from collections.abc import Iterator
+from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from smi.errors import InputError
 from smi.progress import track
 from smi.study import stages
 from smi.study.results import outcome
@@ -17,6 +51,9 @@ if TYPE_CHECKING:
     from distributed import Client, Future
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "SMI_PROGRESS": "0"}
+ANSWER = 30.0  # seconds that a scheduler has to answer
+PATIENCE = 60.0  # seconds that a cluster has to show a worker
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}  # not the fault of a cell
 
 
 class Stages(Protocol):
@@ -50,52 +87,79 @@ def run_study(
     *,
     scheduler: str | None = None,
     workers: int = 2,
+    resource: str | None = None,
     retry: bool = False,
     pieces: Stages = stages,
 ) -> Ran:
     """Compute the cells that are missing. Whatever was finished before stays as it is.
 
     scheduler: address of a Dask scheduler ``tcp://…`` whose workers see the same files and run one task at a time each
-    (``--nthreads 1``); None starts ``workers`` processes here. retry: whether cells that failed are computed again.
-    A cell that fails is recorded with its error and does not stop the rest. May be interrupted at any time.
+    (``--nthreads 1``); None starts ``workers`` processes here. resource: a Dask resource of which every task takes one
+    unit, so that only workers started with ``--resources "NAME=1"`` get any. retry: whether cells that failed are
+    computed again.
+
+    A cell that fails is recorded with its error and does not stop the rest. May be interrupted at any time. Raises
+    `InputError` where another run is at work on the same results, a domain's files are not there, files cannot be
+    written, or the cluster has no worker or goes away.
     """
-    store.results.mkdir(parents=True, exist_ok=True)
-    states = {cell: outcome(store.cell(cell)) for cell in study.cells}
-    todo = [cell for cell, state in states.items() if state == "missing" or (retry and state == "failed")]
-    for cell in todo:
-        store.cell(cell).unlink(missing_ok=True)
-    if not todo:
-        return Ran(len(study), 0, 0)
-    failed = 0
-    with _client(scheduler, workers) as client:
-        futures = submit(client, todo, store, pieces)
-        for future in track(_completed(futures), f"study {study.name}", len(todo)):
-            error = future.exception()
-            if error is not None:
-                failed += 1
-                stages.record_error(futures[future], store, error)
-            future.release()
-    return Ran(len(study) - len(todo), len(todo) - failed, failed)
+    if resource is not None and scheduler is None:
+        raise InputError("A resource says which workers of a cluster are meant. Name the cluster's scheduler, too.")
+    for folder in (store.results, store.cache):
+        _check_writable(folder)
+    with _alone(store.results):
+        states = {cell: outcome(store.cell(cell)) for cell in study.cells}
+        todo = [cell for cell, state in states.items() if state == "missing" or (retry and state == "failed")]
+        for place in {cell.place for cell in todo}:
+            place.check_present()
+        for cell in todo:
+            store.cell(cell).unlink(missing_ok=True)
+        before, failed = len(study) - len(todo), 0
+        if todo:
+            with _client(scheduler, workers) as client:
+                futures = submit(client, todo, store, pieces, resource)
+                if scheduler is not None:
+                    _await_worker(client, scheduler, resource)
+                done = track(_completed(futures), f"study {study.name}", len(study), unit="cells", before=before)
+                failed = sum(_has_failed(future, futures[future], store) for future in done)
+    return Ran(before, len(todo) - failed, failed)
 
 
-def submit(client: Client, cells: list[Cell], store: Store, pieces: Stages) -> dict[Future, Cell]:
-    """One future a cell; what cells share is computed once."""
+def _has_failed(future: Future, cell: Cell, store: Store) -> bool:
+    """Whether a cell has failed, which is recorded. Raises `InputError` where it is not the cell that is at fault."""
+    error = CancelledError() if future.cancelled() else future.exception()
+    if isinstance(error, CancelledError):
+        raise InputError("The Dask scheduler went away. Start it, and then the same study: it goes on from here.")
+    if isinstance(error, OSError) and error.errno in DISK:
+        raise InputError(
+            f"A file could not be written: {error}. Make room in {store.results} and {store.cache}, and start the "
+            "same study: it goes on from here."
+        ) from error
+    if error is not None:
+        stages.record_error(cell, store, error)
+    future.release()
+    return error is not None
+
+
+def submit(
+    client: Client, cells: list[Cell], store: Store, pieces: Stages, resource: str | None = None
+) -> dict[Future, Cell]:
+    """One future a cell; what cells share is computed once. Every task takes one unit of ``resource``."""
+
+    def task(function: Any, *args: Any) -> Future:
+        return client.submit(function, *args, pure=False, resources=resource and {resource: 1})
+
     priors: dict[Place, Future] = {}
     shared: dict[str, Future] = {}
     made = {}
     for cell in cells:
         if cell.place not in priors:
-            priors[cell.place] = client.submit(pieces.make_prior, cell.place, store, pure=False)
+            priors[cell.place] = task(pieces.make_prior, cell.place, store)
         if cell.victim_key not in shared:
-            shared[cell.victim_key] = client.submit(pieces.make_victim, cell, store, pure=False)
+            shared[cell.victim_key] = task(pieces.make_victim, cell, store)
+        victim = shared[cell.victim_key]
         if cell.samples_key not in shared:
-            shared[cell.samples_key] = client.submit(
-                pieces.make_cell_samples, cell, store, shared[cell.victim_key], priors[cell.place], pure=False
-            )
-        future = client.submit(
-            pieces.run_cell, cell, store, shared[cell.victim_key], shared[cell.samples_key], pure=False
-        )
-        made[future] = cell
+            shared[cell.samples_key] = task(pieces.make_cell_samples, cell, store, victim, priors[cell.place])
+        made[task(pieces.run_cell, cell, store, victim, shared[cell.samples_key])] = cell
     return made
 
 
@@ -105,21 +169,99 @@ def _completed(futures: dict[Future, Cell]) -> Iterator[Any]:
     yield from as_completed(list(futures))
 
 
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(f"Nothing can be written to {folder}: {error.strerror}. Choose another folder.") from error
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other runs off the same results, for they would compute the same cells. Ends with the process at the latest.
+
+    The folder itself is locked, so that there is no lock file. Where the file system has no such locks, or this is
+    Windows, nothing is locked: files are written atomically, and what is lost is time.
+    """
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise InputError(
+            f"Another run is at work on {folder}. Wait for its end, stop it, or choose another folder."
+        ) from error
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
 @contextmanager
 def _client(scheduler: str | None, workers: int) -> Iterator[Client]:
     """A client of a running cluster, or of one that lives as long as the block does."""
     from distributed import Client, LocalCluster
 
     if scheduler is not None:
-        with Client(scheduler, timeout=30) as client:
-            client.run(stages.one_thread)
+        try:
+            client = Client(scheduler, timeout=ANSWER)
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"No Dask scheduler answers at {scheduler} ({error}). Start one with `dask scheduler`, which tells its "
+                "address, such as tcp://HOST:8786."
+            ) from error
+        with client:
             yield client
         return
-    with (
-        LocalCluster(
+    with _own_interrupts():
+        cluster = LocalCluster(
             n_workers=workers, threads_per_worker=1, processes=True, dashboard_address=None, memory_limit=0,
             env=ENVIRONMENT, silence_logs=50,
-        ) as cluster,
-        Client(cluster) as client,
-    ):  # fmt: skip
+        )  # fmt: skip
+    with cluster, Client(cluster) as client:
         yield client
+
+
+@contextmanager
+def _own_interrupts() -> Iterator[None]:
+    """Processes that are started by what starts in the block do not get Ctrl-C: it is for this one, which ends them.
+
+    A terminal sends it to all of them, and each worker would die with a traceback. A blocked signal is inherited, by
+    the cluster's thread and from there by every worker, also by one that replaces another later.
+    """
+    if os.name != "posix":
+        yield
+        return
+    resource_tracker.ensure_running()  # multiprocessing's own process; starting it later would unblock the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _await_worker(client: Client, scheduler: str, resource: str | None) -> None:
+    """Wait until there is a worker for the tasks. Raises `InputError` after `PATIENCE`: they would wait for ever."""
+    remote: Any = client.scheduler  # a connection: it has the scheduler's methods
+    end = time.monotonic() + PATIENCE
+    while True:
+        found = client.sync(remote.identity)["workers"].values()
+        if any(resource is None or worker["resources"].get(resource, 0) >= 1 for worker in found):
+            return
+        if time.monotonic() > end:
+            kind, option = (
+                (f" with the resource {resource!r}", f' --resources "{resource}=1"') if resource else ("", "")
+            )
+            raise InputError(
+                f"For {PATIENCE:.0f} s the scheduler {scheduler} has had no worker{kind} ({len(found)} in all). "
+                f"Start one: dask worker {scheduler} --nthreads 1{option}"
+            )
+        time.sleep(0.2)

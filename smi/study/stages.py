@@ -8,22 +8,23 @@ from __future__ import annotations
 import json
 import os
 import time
+import warnings
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from smi.attacks import Attack, plant
 from smi.classifiers import Classifier, build_classifier, train_classifier
 from smi.compute import versions
 from smi.domains import Domain, Samples, load_domain
+from smi.errors import InputError
 from smi.evaluation import Comparison, Evaluator, Measurement
-from smi.files import load_tensors, save_tensors, write_atomic
-from smi.gan import fit_prior
+from smi.files import fingerprint, load_tensors, save_tensors, write_atomic
+from smi.gan import PriorConfig, fit_prior
 from smi.priors import GAN, load_prior, save_prior
 from smi.sources import Given, make_samples
 from smi.study.spec import NO_SAMPLES, Cell, Place, digest
@@ -54,6 +55,18 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "smi"
 
 
+def is_whole(file: Path, kind: str) -> bool:
+    """Whether a file of the cache is there and whole. One that is damaged is removed, so that it is made again."""
+    try:
+        load_tensors(file, kind)
+    except InputError:
+        if file.exists():
+            warnings.warn(f"{file} is damaged: it is removed, and made again.", stacklevel=2)
+            file.unlink()
+        return False
+    return True
+
+
 @lru_cache(maxsize=2)
 def _domain(domain: str, public: str | None) -> Domain:
     return load_domain(domain, public=public)
@@ -63,17 +76,20 @@ def make_prior(place: Place, store: Store) -> str:
     """Train the place's prior, if it is to be trained and is not there. Returns its name or file."""
     if place.prior != "fit":
         return place.prior
-    file = store.kept("priors", digest({"domain": place.domain, "public": place.public, "seed": PRIOR_SEED}))
-    if not file.exists():
-        images = _domain(place.domain, place.public).public
-        save_prior(fit_prior(images, seed=PRIOR_SEED, checkpoint=file.with_suffix(".checkpoint")), file)
+    images, config = _domain(place.domain, place.public).public, PriorConfig()
+    made_from = {"public": fingerprint(images.images), "config": asdict(config), "seed": PRIOR_SEED}
+    file = store.kept("priors", digest(made_from))  # places with the same public images share it
+    if not is_whole(file, "prior"):
+        checkpoint = file.with_suffix(".checkpoint")
+        is_whole(checkpoint, "prior checkpoint")  # training goes on from it where it is whole
+        save_prior(fit_prior(images, config, seed=PRIOR_SEED, checkpoint=checkpoint), file)
     return str(file)
 
 
 def make_victim(cell: Cell, store: Store) -> str:
     """Train the victim of a cell and measure it, if it is not there. Returns its file."""
     file = store.kept("victims", cell.victim_key)
-    if file.exists():
+    if is_whole(file, "victim"):
         return str(file)
     start, domain = time.perf_counter(), _domain(cell.place.domain, cell.place.public)
     surrogate = _surrogate(cell, store, domain) if cell.attack.needs_surrogate else None
@@ -93,9 +109,10 @@ def make_victim(cell: Cell, store: Store) -> str:
 def _surrogate(cell: Cell, store: Store, domain: Domain) -> nn.Module:
     """A classifier trained on the clean images, for attacks that are optimised against one; kept like a victim."""
     train = cell.place.train
-    file = store.kept("surrogates", digest({"domain": cell.place.domain, "train": asdict(train), "seed": cell.seed}))
+    made_from = {"domain": cell.place.domain, "public": cell.place.public, "train": asdict(train), "seed": cell.seed}
+    file = store.kept("surrogates", digest(made_from))
     data = domain.private.train
-    if not file.exists():
+    if not is_whole(file, "surrogate"):
         save_tensors(file, train_classifier(data, train, seed=cell.seed).state_dict(), {"kind": "surrogate"})
     model = build_classifier(train.arch, data.images.shape[1], data.num_classes)
     model.load_state_dict(load_tensors(file, "surrogate")[0])
@@ -118,7 +135,7 @@ def make_cell_samples(cell: Cell, store: Store, victim: str, prior: str) -> str:
     if cell.source == NO_SAMPLES:
         return ""
     file = store.kept("samples", cell.samples_key)
-    if file.exists():
+    if is_whole(file, "samples"):
         return str(file)
     start, domain = time.perf_counter(), _domain(cell.place.domain, cell.place.public)
     model, _, _ = load_victim(victim, cell.attack)
@@ -170,8 +187,3 @@ def record_error(cell: Cell, store: Store, error: BaseException) -> None:
     """Write into the cell's file why it failed."""
     record: dict[str, Any] = {"config": cell.config, "error": f"{type(error).__name__}: {error}"}
     write_atomic(store.cell(cell), json.dumps(record, indent=1, sort_keys=True) + "\n")
-
-
-def one_thread() -> None:
-    """What a worker does first: two threads on one small model are far slower than one where cores are shared."""
-    torch.set_num_threads(1)
