@@ -12,6 +12,8 @@ from smi.attacks import BadNets
 from smi.compute import fast, frozen
 from smi.defenses import IBAU, FineTune, Published, Robust, Schedule, defenses
 from smi.defenses.base import Distillation, _warm_cosine
+from smi.defenses.channels import watch
+from smi.defenses.restart import forget
 from smi.defenses.universal import AWAY, concentrate, data_scale, fooling_rate, into_ball, natural_radius, universal
 from smi.domains import PrivateSet, PublicImages, Samples
 from smi.errors import InputError
@@ -31,11 +33,12 @@ def rng(seed: int = 0) -> torch.Generator:
 ALL = [
     FineTune(schedule=QUICK),
     IBAU(solver=Robust(schedule=QUICK, steps=2, images=6)),
+    IBAU(solver=Robust(schedule=QUICK, steps=2, images=6, forget=0.8, relearn=2)),
     IBAU(solver=Published(rounds=1, inner_steps=2, batch_size=12)),
 ]
 
 
-@pytest.mark.parametrize("defense", ALL, ids=["ft", "ibau/robust", "ibau/published"])
+@pytest.mark.parametrize("defense", ALL, ids=["ft", "ibau/robust", "ibau/restarted", "ibau/published"])
 def test_repair_changes_a_copy_and_only_a_copy_and_repeats(defense) -> None:
     model, public = tiny_model(), PublicImages(torch.rand(9, 1, 8, 8, generator=rng(4)))
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -48,12 +51,13 @@ def test_repair_changes_a_copy_and_only_a_copy_and_repeats(defense) -> None:
     assert any(not torch.equal(repaired[k], before[k]) for k in before)
     assert all(torch.equal(repaired[k], v) for k, v in again.model.state_dict().items())
     assert not first.model.training
+    solver = getattr(defense, "solver", None)
     for name, value in before.items():
-        if "running" in name:
+        if "running" in name and not getattr(solver, "forget", 0):
             assert torch.equal(repaired[name], value), "BatchNorm statistics must stay frozen"
 
 
-@pytest.mark.parametrize("defense", ALL, ids=["ft", "ibau/robust", "ibau/published"])
+@pytest.mark.parametrize("defense", ALL, ids=["ft", "ibau/robust", "ibau/restarted", "ibau/published"])
 def test_a_defense_takes_neither_private_data_nor_a_trigger(defense) -> None:
     s = samples()
     private = PrivateSet(s.images, s.labels, 3)
@@ -210,6 +214,49 @@ def test_robust_unlearns_what_fine_tuning_leaves() -> None:
     assert (unlearned(s.images).argmax(1) == s.labels).float().mean() == 1.0
 
 
+def test_forgetting_keeps_the_size_of_weights_and_the_scale_of_features() -> None:
+    model, images = tiny_model(), samples().images
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    same, fresh = (forget(model, noise, images, rng(3)) for noise in (0.0, 0.8))
+    assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
+    for name, old in model.named_parameters():
+        new = fresh.get_parameter(name)
+        assert torch.equal(same.get_parameter(name), old)
+        if old.ndim < 2:
+            assert torch.equal(new, old)
+        elif old.numel() > 100:
+            assert new.std().item() == pytest.approx(old.std().item(), rel=0.15)
+            alike = torch.corrcoef(torch.stack([new.flatten(), old.flatten()]))[0, 1].item()
+            assert alike == pytest.approx(0.6, abs=0.15)  # √(1 − 0.8²)
+    first = next(name for name, m in fresh.named_modules() if isinstance(m, nn.BatchNorm2d))
+    seen: dict[str, torch.Tensor] = {}
+    with watch(fresh, [first], seen):
+        fresh(images)
+    out, norm = seen[first].detach(), fresh.get_submodule(first)
+    torch.testing.assert_close(out.mean((0, 2, 3)), norm.bias.detach(), rtol=0, atol=0.05)  # normalised before scaling
+    assert not fresh.training
+    assert norm.momentum == model.get_submodule(first).momentum
+
+
+def test_relearning_brings_the_predictions_back_and_without_it_they_are_lost() -> None:
+    """The defining terms of the restart: chance in the weights, and distillation."""
+    s = thirds(60)
+    weights = nn.Sequential(nn.Flatten(), nn.Linear(81, 3))
+    with torch.no_grad():
+        for k in range(3):
+            weights[1].weight[k] = 0
+            weights[1].weight[k].view(9, 9)[:, 3 * k : 3 * k + 3] = 1.0
+    solver = Robust(schedule=Schedule(rounds=1, batch_size=30, lr=0.05, distill=1.0), forget=0.99, relearn=40)
+
+    def gap(model: nn.Module) -> float:
+        ours, theirs = (F.log_softmax(m(s.images), 1) for m in (model, weights))
+        return F.kl_div(ours, theirs, reduction="batchmean", log_target=True).item()
+
+    lost = gap(forget(weights, 0.99, s.images, rng(1)))
+    assert lost > 0.1
+    assert gap(solver._start(weights, s, None, 1)) < 0.1 * lost
+
+
 def test_distillation_is_zero_for_the_suspect_itself_and_pulls_towards_it() -> None:
     model, public = tiny_model(), PublicImages(torch.rand(20, 1, 8, 8, generator=rng(4)))
     other = tiny_model(seed=1)
@@ -239,7 +286,10 @@ def test_schedule_warms_up_and_decays_to_zero() -> None:
     assert all(factor(i) >= factor(i + 1) for i in range(10, 99))
 
 
-@pytest.mark.parametrize("bad", [{"stamped": 0.0}, {"steps": 0}, {"goal": 2.0}, {"radius": -1.0}, {"images": 1.5}])
+@pytest.mark.parametrize(
+    "bad",
+    [{"stamped": 0.0}, {"forget": 1.0}, {"relearn": 0}, {"steps": 0}, {"goal": 2.0}, {"radius": -1.0}, {"images": 1.5}],
+)
 def test_robust_settings_are_checked(bad) -> None:
     with pytest.raises(InputError, match=next(iter(bad))):
         Robust(**bad)

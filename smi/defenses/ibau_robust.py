@@ -7,12 +7,14 @@ every class and away from all (a single untargeted δ misses the trigger on half
 each as often as it still fools (the worst one alone makes the model oscillate), spread out or concentrated on a few
 pixels (a patch comes out of an L2 search with noise around it); C comes from the data
 (`natural_radius`); clean behaviour is held by distillation on unstamped samples and public images, so that accuracy
-costs little; and the outer gradient is first-order: δ is found afresh, so that nothing implicit is left to follow.
+costs little; and the outer gradient is first-order: δ is found afresh, so that nothing implicit is left to follow. What
+no δ resembles, all-to-all labels or a warp, gives way when the outer level starts from a model that has forgotten most
+of its weights and relearned by that distillation; that costs accuracy, and is off by default (`forget`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from torch.nn import functional as F
 from smi.checks import check_number
 from smi.compute import Runner, fast, frozen
 from smi.defenses.base import Distillation, Schedule, train_repair
+from smi.defenses.restart import forget
 from smi.defenses.universal import AWAY, concentrate, fooling_rate, natural_radius, universal
 from smi.domains.base import PublicImages, Samples
 from smi.seeding import stream
@@ -35,7 +38,9 @@ class Robust:
 
     goal: share that fixes the radius, see `natural_radius`. radius: C in [0, 1] pixels; None for that rule. stamped:
     share of each batch that carries a δ. steps: ascent steps for a δ. images: samples that a δ is searched on. targets:
-    δ's searched a round; with more classes than that, those that fooled most when last tried.
+    δ's searched a round; with more classes than that, those that fooled most when last tried. forget: how much of
+    the weights is chance before they are relearned, in [0, 1), see `forget`; 0 starts from the suspect model, and 0.8
+    forgets most backdoors. relearn: rounds of that.
     """
 
     schedule: Schedule = field(default_factory=lambda: Schedule(rounds=30, lr=3e-3, distill=40.0))
@@ -45,6 +50,8 @@ class Robust:
     steps: int = 5
     images: int = 40
     targets: int = 6
+    forget: float = 0.0
+    relearn: int = 100
 
     name = "robust"
 
@@ -54,6 +61,8 @@ class Robust:
         check_number("steps", self.steps, low=1, integer=True)
         check_number("images", self.images, low=1, integer=True)
         check_number("targets", self.targets, low=1, integer=True)
+        check_number("forget", self.forget, low=0, high=0.999)
+        check_number("relearn", self.relearn, low=1, integer=True)
         if self.radius is not None:
             check_number("radius", self.radius, low=0)
 
@@ -72,8 +81,9 @@ class Robust:
                 return value + self.schedule.distill * distil(run, images[count:])
             return value + F.cross_entropy(run(images[count:]), labels[count:])
 
+        start = self._start(model, samples, public, seed) if self.forget else model
         repaired, curve = train_repair(
-            model, samples, self.schedule, loss, seed=seed, before_round=adversary.before_round
+            start, samples, self.schedule, loss, seed=seed, before_round=adversary.before_round
         )
         after = adversary.search(repaired, torch.arange(samples.num_classes))
         log = {
@@ -84,6 +94,19 @@ class Robust:
             "fooling_after": after.rates.tolist(),
         }
         return repaired, log, first.delta
+
+    def _start(self, model: nn.Module, samples: Samples, public: PublicImages | None, seed: int) -> nn.Module:
+        """A model that behaves much like the suspect on the samples and public images, with other weights."""
+        images, rng = samples.images, stream(seed, "forget")
+        distil = Distillation(model, public, stream(seed, "relearn"))
+        if public is not None:
+            images = torch.cat([images, public.images[torch.randperm(len(public), generator=rng)[: len(images)]]])
+
+        def loss(run: Runner, images: Tensor, labels: Tensor) -> Tensor:
+            return distil(run, images) if self.schedule.distill else F.cross_entropy(run(images), labels)
+
+        schedule = replace(self.schedule, rounds=self.relearn)
+        return train_repair(forget(model, self.forget, images, rng), samples, schedule, loss, seed=seed)[0]
 
 
 @dataclass
