@@ -313,6 +313,7 @@ def test_stopping_ends_the_workers_and_says_how_far_it_is(small, store, tmp_path
 
 def test_without_a_terminal_a_line_now_and_then_says_how_much_time_is_left(monkeypatch, capsys):
     monkeypatch.delenv("SMI_PROGRESS", raising=False)
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)  # a notebook gets a bar, and other tests import it
     clock = count(0, 45)  # seconds; it is read once at the start and once a step
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     steps = progress.track(iter(range(40)), "study s", 504, unit="cells", before=464)
