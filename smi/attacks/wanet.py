@@ -24,9 +24,9 @@ class WaNet(Attack):
     Noise mode: ``cross_ratio`` times as many further images are warped by ``strength · (φ + u)``, with u uniform in
     [−noise, noise] at every pixel of each, and keep their labels, so that only the exact φ is the trigger.
 
-    The paper has grid 4, strength 0.5 and noise 2, with which a small network in 12 epochs cannot tell the warp from the
-    shifts and rotations of its augmentation (seen on digits: ASR 1 %). This strength is much of a warp: a clean model
-    still reads 65 % of the stamped digits. On a finer grid the field folds over (38 % with grid 8 and strength 4).
+    The paper has grid 4, strength 0.5 and noise 2, with which a small network in 12 epochs cannot tell the warp from
+    the shifts and rotations of its augmentation (seen on digits: ASR 1 %). This strength is much of a warp: a clean
+    model still reads 65 % of the stamped digits. On a finer grid the field folds over (38 % with grid 8, strength 4).
     """
 
     strength: float = 5.0
