@@ -1,49 +1,32 @@
-"""The analysis: distances against closed forms, the theorem's every inequality, and a study analysed from its files."""
+"""What the evaluator measures: similarity, presence of the trigger, the path of removal, rank correlation."""
 
-import csv
-import json
 import math
 
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
-from scipy.stats import chi2, poisson, spearmanr
-from tiny import Lookup, TinyPrior, coded_set, noise, read_label, same_state, state_of, tiny_model
-from torch import nn
+from scipy.stats import spearmanr
+from tiny import Lookup, coded_set, noise, read_label, same_state, state_of, tiny_model
 from torch.nn import functional as F
 
 from smi.analysis import (
-    ANALYSIS_COLUMNS,
     Path,
-    TwoPixels,
-    analyse,
-    bound,
-    check_world,
-    figures,
     frechet_distance,
-    gaussian_ball_mass,
     loss_along_path,
     nearest_distance,
     patch_residual,
-    range_distance,
     rank_correlation,
     similarity,
     train_detector,
     trigger_presence,
-    where_vacuous,
 )
-from smi.analysis.study import sample_sets
 from smi.attacks import BadNets, Blended, TrojanSquare
-from smi.classifiers import TrainConfig, build_classifier
-from smi.cli import cli
+from smi.classifiers import TrainConfig
 from smi.defenses import defenses
 from smi.defenses.base import Schedule, following
 from smi.domains import PrivateSet, Samples
 from smi.errors import InputError
-from smi.files import save_tensors, write_atomic
 from smi.stability import features
-from smi.study import Store, load_study
 
 
 def rng(seed=0):
@@ -242,124 +225,6 @@ def test_a_defense_without_rounds_has_no_path(pair):
         loss_along_path(model, defenses["clp"](), samples, None, samples)
 
 
-# Theorem
-
-
-@pytest.mark.parametrize(("centre", "radius", "dim"), [(1.0, 1.0, 2), (3.0, 2.0, 9), (8.0, 2.0, 64), (0.0, 1.5, 3)])
-def test_the_mass_of_a_ball_is_a_poisson_mixture_of_chi_squares(centre, radius, dim):
-    k = np.arange(400)
-    expected = (poisson.pmf(k, centre**2 / 2) * chi2.cdf(radius**2, dim + 2 * k)).sum()
-    assert gaussian_ball_mass(centre, radius, dim) == pytest.approx(expected, rel=1e-9)
-
-
-def test_the_mass_of_a_ball_in_one_dimension_and_far_out():
-    interval = torch.special.ndtr(torch.tensor([2.5, -0.5], dtype=torch.float64))
-    assert gaussian_ball_mass(1.0, 1.5, 1) == pytest.approx((interval[0] - interval[1]).item(), rel=1e-12)
-    masses = [gaussian_ball_mass(r, 1.0, 4) for r in (0, 0.5, 1, 2, 4)]
-    assert masses == sorted(masses, reverse=True)
-
-
-def test_where_the_theorem_is_vacuous():
-    reach = where_vacuous([8, 16, 64])
-    assert [r.dim for r in reach] == [8, 16, 64]
-    assert [r.mass for r in reach] == pytest.approx([1.00e-2, 1.84e-6, 1.96e-40], rel=0.01)
-    for r in reach:
-        edge = {"public_mass": 0, "slack": 2.0, "lipschitz": 1.0, "centre": math.sqrt(r.dim), "dim": r.dim}
-        assert bound(eta=0.999 * r.eta, **edge).excludes
-        assert not bound(eta=1.001 * r.eta, **edge).excludes
-
-
-def test_the_bound_has_both_terms():
-    found = bound(public_mass=0.1, eta=0.06, slack=0.5, lipschitz=2.0, centre=1.0, dim=2)
-    assert found.left == pytest.approx(0.22)
-    assert found.right == gaussian_ball_mass(1.0, 0.25, 2)
-    for name in ("slack", "lipschitz"):
-        with pytest.raises(InputError, match=f"{name} is 0"):
-            bound(**{"public_mass": 0, "eta": 0, "slack": 1, "lipschitz": 1, "centre": 1, "dim": 2, name: 0})
-
-
-@pytest.mark.parametrize("shift", [0.02, -0.3])
-@pytest.mark.parametrize(
-    ("trigger", "reach", "slack", "lipschitz", "premise", "excluded"),
-    [
-        (4.0, 0.1, 1.0, 1.0, False, True),  # the theorem speaks
-        (0.9, 0.1, 1.0, 1.0, True, False),  # a latent carries the trigger, and step 1 must hold
-        (2.2, 0.3, 0.7, 2.0, True, False),
-        (2.5, 0.1, 1.0, 1.0, False, False),  # no latent does, but the theorem cannot tell
-    ],
-)
-def test_every_inequality_holds_in_the_two_pixel_world(trigger, reach, slack, lipschitz, premise, excluded, shift):
-    world = TwoPixels(lipschitz=lipschitz, shift=shift, trigger=trigger)
-    sides = world.bound(centre=1.0, reach=reach, slack=slack)
-    assert sides.excludes == (excluded and abs(shift) < 0.1)
-    checks = check_world(world, centre=1.0, reach=reach, slack=slack, n=20_000)
-    assert [check.name for check in checks if not check.holds] == []
-    assert (checks[2].left > 0) == premise
-    assert checks[2].right == pytest.approx(world.prior_mass(reach + slack), abs=0.02)
-    assert checks[3].right == pytest.approx(world.public_mass(reach + 2 * slack) + abs(shift) / slack, abs=0.02)
-    assert (checks[4].left > 0) == sides.excludes
-
-
-def test_a_world_that_lies_about_itself_is_caught():
-    class Steep(TwoPixels):
-        def generate(self, z):
-            return 3 * super().generate(z)
-
-    class Elsewhere(TwoPixels):
-        def public(self, n, rng):
-            return super().public(n, rng) - 5
-
-    steep = check_world(Steep(), centre=1.0, reach=0.1, slack=1.0, n=20_000)
-    assert not steep[0].holds  # and a latent of the ball comes as near as 1 to a trigger that 3 leaves out
-    away = check_world(Elsewhere(trigger=1.0), centre=1.0, reach=0.1, slack=1.0, n=20_000)
-    assert [check.holds for check in away] == [True, True, True, False, True]
-
-
-def test_masses_of_a_strip_are_exact_in_the_tail():
-    assert TwoPixels(trigger=0.0).prior_mass(1.0) == pytest.approx(math.erf(1 / math.sqrt(2)), rel=1e-12)
-    far = TwoPixels(trigger=-12.0, shift=0.0)
-    assert far.prior_mass(1.0) == pytest.approx(math.erfc(11 / math.sqrt(2)) / 2, rel=1e-9)
-    assert far.public_mass(1.0) == far.prior_mass(1.0)
-
-
-class Line(nn.Module):
-    """Images ``0.5 + z · u / 8`` for a unit vector u: the distance to its range is known."""
-
-    latent_dim, image_shape = 4, (1, 8, 8)
-
-    def __init__(self):
-        super().__init__()
-        self.basis = nn.Parameter(torch.linalg.qr(torch.randn(64, 4, generator=rng(2))).Q.T)
-
-    def generate(self, z):
-        return (0.5 + (z @ self.basis) / 8).view(-1, 1, 8, 8)
-
-    def criticise(self, images):
-        return None
-
-
-def test_range_distance_is_the_distance_to_a_linear_range_within_the_ball():
-    prior = Line()
-    inside = prior.generate(torch.tensor([[1.0, 0, 0, 0], [0, -1, 1, 0]])).detach()
-    away = torch.linalg.qr(torch.cat([prior.basis.detach().T, torch.ones(64, 1)], 1)).Q[:, 4].view(1, 1, 8, 8)
-    beyond = prior.generate(torch.tensor([[5.0, 0, 0, 0]])).detach()  # the ball ends at √4
-    images = torch.cat([inside, inside + 0.4 * away, beyond])
-    found = range_distance(prior, images, steps=400, lr=0.02)
-    assert found.tolist() == pytest.approx([0, 0, 0.4, 0.4, 3 / 8], abs=5e-3)
-    assert torch.equal(found, range_distance(prior, images, steps=400, lr=0.02))
-    assert (range_distance(prior, images, steps=3) >= found - 1e-3).all()
-    with pytest.raises(InputError, match="Resize"):
-        range_distance(prior, noise(2, 1, 16, 16))
-
-
-def test_stamped_images_are_further_from_a_priors_range():
-    prior = TinyPrior()
-    with torch.no_grad():
-        own = prior.generate(torch.randn(12, 6, generator=rng()) * 0.7)
-    near, far = (range_distance(prior, x, steps=80) for x in (own, BadNets(size=3).stamp(own)))
-    assert (near < far).all()
-
-
 # Correlation
 
 
@@ -435,176 +300,3 @@ def test_one_group_has_no_interval():
 def test_what_cannot_be_ranked_is_refused(x, y, options, message):
     with pytest.raises(InputError, match=message):
         rank_correlation(x, y, **options)
-
-
-# A study, from its files
-
-STUDY = """
-seeds = [1]
-attacks = ["badnets", "blended"]
-per_class = 4
-
-[domain."{domain}"]
-
-[train]
-epochs = 1
-augment = "none"
-
-[[grid]]
-sources = ["clean", "latent", "smi"]
-defenses = ["ibau", "ft"]
-
-[[grid]]
-sources = ["none"]
-defenses = ["clp"]
-"""
-
-
-@pytest.fixture(scope="module")
-def studied(tmp_path_factory):
-    """A study of untrained victims on noise, as files: quick, and every number can still be checked."""
-    folder = tmp_path_factory.mktemp("study")
-    labels = np.arange(90) % 3
-    np.savez(folder / "noise.npz", x_train=(noise(90, 16, 16) * 255).byte().numpy(), y_train=labels)
-    (folder / "small.toml").write_text(STUDY.format(domain=folder / "noise.npz"))
-    study, store = load_study(folder / "small.toml"), Store(folder / "out", folder / "cache")
-    store.results.mkdir()
-    before = {"acc": 0.9, "asr": 1.0, "ra": 0.0}
-    for index, cell in enumerate(study.cells):
-        model = build_classifier("small_cnn", 1, 3, seed=1)
-        meta = {"kind": "victim", "arch": "small_cnn", "channels": 1, "num_classes": 3, "before": before}
-        tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
-        save_tensors(store.kept("victims", cell.victim_key), tensors, meta | {"fitted": False, "seconds": 1.0})
-        if cell.source == "latent":
-            continue  # its samples are not there
-        images = noise(12, 1, 16, 16, seed=5)
-        images = cell.attack.stamp(images) if cell.source == "smi" else images
-        if cell.source != "none":
-            save_tensors(store.kept("samples", cell.samples_key), {"images": images, "labels": torch.arange(12) % 3},
-                         {"kind": "samples", "num_classes": 3, "seconds": 1.0})  # fmt: skip
-        after = {"acc": 0.8 + index / 100, "asr": 0.1, "ra": 0.5, "der": 0.9}
-        record = {"config": cell.config, "n": 12, "before": before, "after": after,
-                  "seconds": {"samples": 1.0, "repair": 1.0}}  # fmt: skip
-        done = not (cell.source == "clean" and cell.defense_name == "ibau" and cell.attack_name == "blended")
-        if done:
-            write_atomic(store.cell(cell), json.dumps(record))
-    return study, store, folder
-
-
-def test_a_study_is_analysed_from_what_is_there(studied):
-    study, store, _ = studied
-    found = sample_sets(study, store)
-    assert (len(found.ready), found.missing) == (3, 3)  # no samples of `latent`, twice; one clean set without its ibau
-    rows = analyse(study, store)
-    assert [(row["attack"], row["source"], row["defense"]) for row in rows] == [
-        ("badnets", "clean", "ibau"), ("badnets", "clean", "ft"), ("badnets", "smi", "ibau"), ("badnets", "smi", "ft"),
-        ("blended", "smi", "ibau"), ("blended", "smi", "ft"),
-    ]  # fmt: skip
-    assert all(set(row) == set(ANALYSIS_COLUMNS) for row in rows)
-    clean, _, stamped, *_ = rows
-    assert stamped["residual_target"] == pytest.approx(0, abs=1e-5)
-    assert clean["residual_target"] > 0.5
-    assert stamped["presence"] == stamped["presence_if_stamped"] == clean["presence_if_stamped"]
-    assert rows[-1]["residual_target"] is None
-    assert clean["acc"] == 0.8
-    made = list((store.cache / "detectors").iterdir())
-    assert len(made) == 2
-    assert len(list((store.cache / "judges").iterdir())) == 1  # one seed, one place
-    again = analyse(study, store)
-    assert again == rows
-    for name in ("score_joint", "score_input", "score_parameter", "frechet", "nearest"):
-        assert all(math.isfinite(row[name]) and row[name] >= 0 for row in rows), name
-    assert {row["score_input"] for row in rows} != {row["score_joint"] for row in rows}
-
-
-def test_the_command(studied, tmp_path):
-    _, store, folder = studied
-    where = ["study", "analyse", str(folder / "small.toml"), "--cache", str(store.cache)]
-    table, picture = tmp_path / "a.csv", tmp_path / "a.png"
-    wanted = [*where, "--out", str(store.results), "--csv", str(table), "--plot", str(picture)]
-    found = CliRunner().invoke(cli, wanted)
-    assert found.exit_code == 0, found.output
-    assert "6 rows; 3 sample sets were not ready" in found.output
-    rows = list(csv.DictReader(table.open()))
-    assert tuple(rows[0]) == ANALYSIS_COLUMNS
-    assert [row["residual_target"] for row in rows].count("") == 2
-    assert picture.stat().st_size > 10_000
-    assert CliRunner().invoke(cli, wanted).exit_code == 2  # nothing is overwritten
-    assert CliRunner().invoke(cli, [*wanted, "--force"]).exit_code == 0
-    nothing = CliRunner().invoke(cli, [*where, "--out", str(tmp_path / "none"), "--csv", str(tmp_path / "b.csv")])
-    assert nothing.exit_code == 2
-    assert "No sample set of small is ready" in nothing.output
-
-
-# Figures
-
-
-def rows(sources=("clean", "pixel", "latent", "smi"), attacks=("badnets", "sig"), seeds=(1, 2)):
-    draw, made = np.random.default_rng(0), []
-    for attack in attacks:
-        for seed in seeds:
-            for place, source in enumerate(sources):
-                row = dict.fromkeys(ANALYSIS_COLUMNS, 0.5) | {
-                    "domain": "digits", "attack": attack, "source": source, "defense": "ibau", "seed": seed,
-                }  # fmt: skip
-                made.append(row | {"frechet": 1.0 + place, "score_joint": 10.0**-place, "der": draw.uniform()})
-    return made
-
-
-def texts(figure):
-    return " ".join(t.get_text() for axes in figure.axes for t in (axes.title, axes.xaxis.label, axes.yaxis.label))
-
-
-def test_figures_have_labels_a_mark_a_source_and_the_correlation():
-    drawn = rows()
-    found = rank_correlation([r["frechet"] for r in drawn], [r["der"] for r in drawn])
-    figure = figures.similarity_and_outcome(drawn)
-    assert f"ρ = {found.rho:.2f}".replace("-", "−") in texts(figure)
-    assert "DER" in texts(figure)
-    assert "ρ is not defined" in texts(figure)  # the columns that are constant here
-    marks = {(line.get_color(), line.get_marker()) for line in figure.axes[0].lines}
-    assert len(marks) == 4
-    assert len(set(figures.MARKS.values())) == len(figures.MARKS)
-    for make in (figures.stability_and_outcome, figures.presence_by_source, figures.overview):
-        make(drawn).canvas.draw()
-    assert "ρ = " in texts(figures.overview([row for row in drawn if row["seed"] == 1 and row["attack"] == "sig"]))
-
-
-def test_figures_refuse_what_they_cannot_draw():
-    with pytest.raises(InputError, match="no row of the defense 'nad'"):
-        figures.presence_by_source(rows(), defense="nad")
-    with pytest.raises(InputError, match="Did you mean 'acc'"):
-        figures.similarity_and_outcome(rows(), outcome="ac")
-    path = Path(torch.rand(4, 20), torch.rand(4, 3), ("a", "b", "c"))
-    with pytest.raises(InputError, match="3 scores for 20 probes"):
-        figures.path_figure(path, torch.rand(3))
-
-
-def test_the_path_figure_tells_stable_from_unstable():
-    scores = torch.linspace(1e-5, 1e-2, 50)
-    loss = torch.stack([scores * 0.1, scores * 100, scores * 10])
-    figure = figures.path_figure(Path(loss, torch.rand(3, 4), ("a", "b", "c", "d")), scores)
-    assert "ρ = 1.00" in texts(figure)
-    stable, unstable = (line.get_ydata() for line in figure.axes[0].lines[:2])
-    assert (torch.as_tensor(stable) < torch.as_tensor(unstable)).all()
-    figure.canvas.draw()
-
-
-def test_with_labels_the_tenths_are_those_of_each_class():
-    labels = torch.arange(40) % 2
-    scores = torch.linspace(0.1, 1, 40, dtype=torch.float64) + 10 * labels  # class 1 is less stable throughout
-    before = scores.clone()
-    figure = figures.path_figure(Path(torch.rand(3, 40) + 1, torch.rand(3, 1), ("w",)), scores, labels)
-    assert torch.equal(scores, before)
-    _, stable, unstable, *_ = (list(line.get_xdata()) for line in figure.axes[1].lines)
-    for drawn, chosen in ((stable, slice(2)), (unstable, slice(18, 20))):
-        assert sorted(drawn) == sorted([*scores[labels == 0][chosen].tolist(), *scores[labels == 1][chosen].tolist()])
-    assert "inside each class ρ" in texts(figure)
-
-
-def test_the_theorem_figure_marks_where_it_speaks():
-    figure = figures.theorem_figure()
-    left, right = (np.asarray(line.get_ydata()) for line in figure.axes[0].lines[:2])
-    assert (left < right).any()
-    assert (left > right).any()
-    figure.canvas.draw()

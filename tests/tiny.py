@@ -85,3 +85,22 @@ def state_of(model):
 def same_state(first, second):
     (a, *rest), (b, *others) = first, second
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) and rest == others
+
+
+def check_repair(defense, samples, public, *, keeps_statistics=True):
+    """What every defense promises: a copy changes and nothing else, and again the same way. Returns the repair."""
+    model = tiny_model()
+    before, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.random.get_rng_state()
+    first, again = (defense.repair(model, samples, public, seed=5) for _ in range(2))
+    assert torch.equal(torch.random.get_rng_state(), state), "the global generator was used"
+    repaired, repeated = first.model.state_dict(), again.model.state_dict()
+    for name, value in before.items():
+        assert torch.equal(model.state_dict()[name], value), f"{name} of the suspect model changed"
+        assert torch.equal(repaired[name], repeated[name]), f"{name} differs from run to run"
+        if "running" in name and keeps_statistics:
+            assert torch.equal(repaired[name], value), "BatchNorm statistics must stay frozen"
+    assert any(not torch.equal(repaired[name], value) for name, value in before.items())
+    assert not first.model.training
+    hooks = [h for m in (model, first.model) for k in m.modules() for h in k._forward_hooks]
+    assert not hooks, "a hook was left behind"
+    return first

@@ -39,8 +39,8 @@ class Robust:
     goal: share that fixes the radius, see `natural_radius`. radius: C in [0, 1] pixels; None for that rule. stamped:
     share of each batch that carries a δ. steps: ascent steps for a δ. images: samples that a δ is searched on. targets:
     δ's searched a round; with more classes than that, those that fooled most when last tried. forget: how much of
-    the weights is chance before they are relearned, in [0, 1), see `forget`; 0 starts from the suspect model, and 0.8
-    forgets most backdoors. relearn: rounds of that.
+    the weights is chance before they are relearned, in [0, 1), see `forget`; 0 starts from the suspect model; 0.8
+    forgets most of a patch on digits, and little of a warp. relearn: rounds of that.
     """
 
     schedule: Schedule = field(default_factory=lambda: Schedule(rounds=30, lr=3e-3, distill=40.0))

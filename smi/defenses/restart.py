@@ -29,7 +29,7 @@ def forget(model: nn.Module, noise: float, images: Tensor, rng: torch.Generator)
     with torch.no_grad():
         for weight in fresh.parameters():
             if weight.ndim >= 2:
-                chance = torch.randn(weight.shape, generator=rng).to(weight) * weight.std()
+                chance = torch.randn(weight.shape, generator=rng).to(weight) * weight.std(correction=0)
                 weight.mul_(math.sqrt(1 - noise**2)).add_(noise * chance)
     _measure(fresh, images)
     return fresh
