@@ -28,6 +28,7 @@ from smi.errors import InputError
 from smi.files import load_tensors
 from smi.study import Store, load_study, read_rows, run_study, stages, status, summarise
 from smi.study.results import as_csv, as_markdown, errors, outcome
+from smi.study.run import submit
 from smi.study.spec import shipped
 
 SMALL = """
@@ -184,6 +185,20 @@ def test_shared_pieces_are_computed_once_failures_are_recorded_and_a_rerun_does_
     assert (ran.before, ran.finished, ran.failed) == (8, 8, 0)
     assert status(study, store)["done"] == 16
     assert set(logged(store, "end").values()) == {1}
+
+
+def test_what_is_near_a_result_goes_first(small, store):
+    """So that a study that is stopped has cells to show, and not only the pieces of all of them."""
+    asked = {}
+
+    class Client:
+        def submit(self, function, *args, priority, **options):
+            asked.setdefault(function.__name__, set()).add(priority)
+            return object()
+
+    submit(Client(), list(load_study(small).cells), store, study_pieces)
+    (victim,), (samples,), (cell,) = (asked[name] for name in ("make_victim", "make_cell_samples", "run_cell"))
+    assert victim < samples < cell
 
 
 SCRIPT = """
