@@ -9,11 +9,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from smi.attacks import BadNets
+from smi.augment import vary
 from smi.compute import fast, frozen
-from smi.defenses import IBAU, FineTune, Published, Robust, Schedule, defenses
+from smi.defenses import IBAU, FineTune, Published, Restarted, Robust, Schedule, defenses
 from smi.defenses.base import Distillation, _warm_cosine
 from smi.defenses.channels import watch
-from smi.defenses.restart import forget
+from smi.defenses.restart import TrustedLabels, forget
 from smi.defenses.universal import AWAY, concentrate, data_scale, fooling_rate, into_ball, natural_radius, universal
 from smi.domains import PrivateSet, PublicImages, Samples
 from smi.errors import InputError
@@ -33,7 +34,7 @@ def rng(seed: int = 0) -> torch.Generator:
 ALL = [
     FineTune(schedule=QUICK),
     IBAU(solver=Robust(schedule=QUICK, steps=2, images=6)),
-    IBAU(solver=Robust(schedule=QUICK, steps=2, images=6, forget=0.8, relearn=2)),
+    IBAU(solver=Restarted(schedule=QUICK, steps=2, images=6)),
     IBAU(solver=Published(rounds=1, inner_steps=2, batch_size=12)),
 ]
 
@@ -225,23 +226,65 @@ def test_forgetting_keeps_the_size_of_weights_and_the_scale_of_features() -> Non
     assert norm.momentum == model.get_submodule(first).momentum
 
 
-def test_relearning_brings_the_predictions_back_and_without_it_they_are_lost() -> None:
-    """The defining terms of the restart: chance in the weights, and distillation."""
-    s = thirds(60)
+def linear_thirds() -> nn.Module:
+    """Which third is bright, by a weight matrix: something to forget."""
     weights = nn.Sequential(nn.Flatten(), nn.Linear(81, 3))
     with torch.no_grad():
         for k in range(3):
             weights[1].weight[k] = 0
             weights[1].weight[k].view(9, 9)[:, 3 * k : 3 * k + 3] = 1.0
-    solver = Robust(schedule=Schedule(rounds=1, batch_size=30, lr=0.05, distill=1.0), forget=0.99, relearn=40)
+        weights[1].bias.zero_()
+    return weights
 
-    def gap(model: nn.Module) -> float:
-        ours, theirs = (F.log_softmax(m(s.images), 1) for m in (model, weights))
-        return F.kl_div(ours, theirs, reduction="batchmean", log_target=True).item()
 
-    lost = gap(forget(weights, 0.99, s.images, rng(1)))
-    assert lost > 0.1
-    assert gap(solver._start(weights, s, None, 1)) < 0.1 * lost
+def test_a_restarted_model_learns_again_what_it_forgot_but_not_without_training() -> None:
+    """The defining terms of the restart: chance in the weights, and the suspect's labels."""
+    s, weights = thirds(60), linear_thirds()
+    schedule = Schedule(rounds=40, batch_size=30, lr=0.05, distill=1.0)
+
+    def kept(model: nn.Module) -> float:
+        return (model(s.images).argmax(1) == weights(s.images).argmax(1)).float().mean().item()
+
+    relearned = IBAU(solver=Restarted(schedule=schedule, forget=0.999, begin=1.0, radius=0.1)).repair(
+        weights, s, seed=1
+    )
+    forgotten = [kept(forget(weights, 0.999, s.images, rng(seed))) for seed in range(10)]
+    assert sum(forgotten) / 10 < 0.7
+    assert kept(relearned.model) > 0.95
+
+
+class Louder(nn.Module):
+    """A model with other confidence and the same labels."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 5 * self.model(x)
+
+
+def test_trusted_labels_are_labels_alone_and_only_those_that_a_variation_keeps() -> None:
+    s, suspect, other = thirds(60), linear_thirds(), linear_thirds()
+    with torch.no_grad():
+        other[1].weight.add_(torch.randn(3, 81, generator=rng(5)))
+    public = PublicImages(thirds(30).images)
+
+    def loss(suspect: nn.Module, labels: torch.Tensor, public: PublicImages | None = None) -> float:
+        with fast(other) as run:
+            return TrustedLabels(suspect, public, rng(2))(run, s.images, labels).item()
+
+    assert loss(Louder(suspect), s.labels) == loss(suspect, s.labels)
+    half = torch.where(torch.arange(60) < 30, s.labels, (s.labels + 1) % 3)
+    with fast(other) as run:
+        varied = vary(s.images, rng(2))
+        trusted = (suspect(varied).argmax(1) == half).nonzero()[:, 0]
+        expected = F.cross_entropy(run(varied)[trusted], half[trusted]).item()
+        of_all = F.cross_entropy(run(varied), half).item()
+    assert 10 < len(trusted) < 50
+    assert loss(suspect, half) == pytest.approx(expected, rel=1e-2)
+    assert of_all != pytest.approx(expected, rel=0.1)
+    assert loss(suspect, s.labels, public) != loss(suspect, s.labels)
 
 
 def test_distillation_is_zero_for_the_suspect_itself_and_pulls_towards_it() -> None:
@@ -275,8 +318,27 @@ def test_schedule_warms_up_and_decays_to_zero() -> None:
 
 @pytest.mark.parametrize(
     "bad",
-    [{"stamped": 0.0}, {"forget": 1.0}, {"relearn": 0}, {"steps": 0}, {"goal": 2.0}, {"radius": -1.0}, {"images": 1.5}],
+    [
+        {"stamped": 0.0},
+        {"renew": 0},
+        {"begin": 2.0},
+        {"steps": 0},
+        {"goal": 2.0},
+        {"radius": -1.0},
+        {"images": 1.5},
+    ],
 )
 def test_robust_settings_are_checked(bad) -> None:
     with pytest.raises(InputError, match=next(iter(bad))):
         Robust(**bad)
+
+
+def test_what_is_forgotten_leaves_something() -> None:
+    with pytest.raises(InputError, match="forget"):
+        Restarted(forget=1.0)
+
+
+def test_the_restarted_solver_has_a_name_of_its_own() -> None:
+    """For studies and the command line, where a solver cannot be put into words."""
+    assert defenses["ibau_restarted"]().solver == Restarted()
+    assert defenses["ibau_restarted"]().settings() != defenses["ibau"]().settings()

@@ -6,8 +6,9 @@ from smi.defenses.clp import CLP
 from smi.defenses.fine_pruning import FinePrune
 from smi.defenses.finetune import FineTune
 from smi.defenses.ftsam import FTSAM
-from smi.defenses.ibau import IBAU
+from smi.defenses.ibau import IBAU, RestartedIBAU
 from smi.defenses.ibau_published import Published
+from smi.defenses.ibau_restarted import Restarted
 from smi.defenses.ibau_robust import Robust
 from smi.defenses.nad import NAD
 
@@ -22,6 +23,8 @@ __all__ = [
     "FineTune",
     "Published",
     "Repair",
+    "Restarted",
+    "RestartedIBAU",
     "Robust",
     "Schedule",
     "defenses",

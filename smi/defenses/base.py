@@ -133,9 +133,15 @@ class Distillation:
             extra = self._public.images[torch.randint(len(self._public), (len(images),), generator=self._rng)]
             images = torch.cat([images, extra])
         images = vary(images, self._rng)
-        with torch.no_grad(), fast(self._teacher) as teach:
-            wanted = F.log_softmax(teach(images), 1)
+        wanted = F.log_softmax(ask(self._teacher, images), 1)
         return F.kl_div(F.log_softmax(run(images), 1), wanted, reduction="batchmean", log_target=True)
+
+
+@torch.no_grad()
+def ask(teacher: nn.Module, images: Tensor) -> Tensor:
+    """What a frozen model says of images: logits float32, the quick way, without a gradient."""
+    with fast(teacher) as run:
+        return run(images)
 
 
 LEAST_STEPS = 3  # a round: with fewer samples smaller batches, or the decay comes before the repair is done

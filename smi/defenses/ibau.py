@@ -1,7 +1,7 @@
 """I-BAU (Zeng et al., "Adversarial Unlearning of Backdoors via Implicit Hypergradient", ICLR 2022).
 
-Unlearn whatever one δ on all images can do: ``min_θ max_{‖δ‖≤C} CE(f_θ(x + δ), y)``. Two solvers of that problem:
-`Robust`, the default, and `Published`.
+Unlearn whatever one δ on all images can do: ``min_θ max_{‖δ‖≤C} CE(f_θ(x + δ), y)``. Three solvers of that problem:
+`Robust`, the default; `Restarted`, for triggers that no δ resembles; and `Published`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import nn
 
 from smi.defenses.base import Defense, Repair, defenses
 from smi.defenses.ibau_published import Published
+from smi.defenses.ibau_restarted import Restarted
 from smi.defenses.ibau_robust import Robust
 from smi.domains.base import PublicImages, Samples
 
@@ -20,9 +21,9 @@ from smi.domains.base import PublicImages, Samples
 @defenses.register("ibau")
 @dataclass(frozen=True, kw_only=True)
 class IBAU(Defense):
-    """I-BAU with a `Robust` or a `Published` solver."""
+    """I-BAU with a `Robust`, a `Restarted` or a `Published` solver."""
 
-    solver: Robust | Published = field(default_factory=Robust)
+    solver: Robust | Restarted | Published = field(default_factory=Robust)
 
     name = "ibau"
 
@@ -33,3 +34,13 @@ class IBAU(Defense):
     def settings(self) -> dict[str, Any]:
         """The configuration, for the record."""
         return {"defense": self.name, "solver": self.solver.name} | asdict(self.solver)
+
+
+@defenses.register("ibau_restarted")
+@dataclass(frozen=True, kw_only=True)
+class RestartedIBAU(IBAU):
+    """I-BAU with the `Restarted` solver, under a name of its own for studies and the command line."""
+
+    solver: Robust | Restarted | Published = field(default_factory=Restarted)
+
+    name = "ibau_restarted"

@@ -5,16 +5,16 @@
 What differs from the published solver, and why: the inner maximum is searched afresh each round, from noise, towards
 every class and away from all (a single untargeted δ misses the trigger on half of the seeds); all the δ's are stamped,
 each as often as it still fools (the worst one alone makes the model oscillate), spread out or concentrated on a few
-pixels (a patch comes out of an L2 search with noise around it); C comes from the data
-(`natural_radius`); clean behaviour is held by distillation on unstamped samples and public images, so that accuracy
-costs little; and the outer gradient is first-order: δ is found afresh, so that nothing implicit is left to follow. What
-no δ resembles, all-to-all labels or a warp, gives way when the outer level starts from a model that has forgotten most
-of its weights and relearned by that distillation; that costs accuracy, and is off by default (`forget`).
+pixels (a patch comes out of an L2 search with noise around it); C comes from the data (`natural_radius`); clean
+behaviour is held by distillation on unstamped samples and public images, so that accuracy costs little; and the outer
+gradient is first-order: δ is found afresh, so that nothing implicit is left to follow. For what no δ resembles there is
+`smi/defenses/ibau_restarted.py`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,12 +24,14 @@ from torch.nn import functional as F
 from smi.checks import check_number
 from smi.compute import Runner, fast, frozen
 from smi.defenses.base import Distillation, Schedule, train_repair
-from smi.defenses.restart import forget
 from smi.defenses.universal import AWAY, concentrate, fooling_rate, natural_radius, universal
 from smi.domains.base import PublicImages, Samples
 from smi.seeding import stream
 
 SPARSEST = 0.02  # of the pixels, in what is stamped
+
+
+Hold = Callable[[Runner, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +40,8 @@ class Robust:
 
     goal: share that fixes the radius, see `natural_radius`. radius: C in [0, 1] pixels; None for that rule. stamped:
     share of each batch that carries a δ. steps: ascent steps for a δ. images: samples that a δ is searched on. targets:
-    δ's searched a round; with more classes than that, those that fooled most when last tried. forget: how much of
-    the weights is chance before they are relearned, in [0, 1), see `forget`; 0 starts from the suspect model; 0.8
-    forgets most of a patch on digits, and little of a warp. relearn: rounds of that.
+    δ's renewed at a time; with more classes than that, those that fooled most when last tried. begin: share of the
+    rounds, in [0, 1], before δ's are stamped. renew: rounds from one search for δ's to the next.
     """
 
     schedule: Schedule = field(default_factory=lambda: Schedule(rounds=30, lr=3e-3, distill=40.0))
@@ -50,8 +51,8 @@ class Robust:
     steps: int = 5
     images: int = 40
     targets: int = 6
-    forget: float = 0.0
-    relearn: int = 100
+    begin: float = 0.0
+    renew: int = 1
 
     name = "robust"
 
@@ -61,8 +62,8 @@ class Robust:
         check_number("steps", self.steps, low=1, integer=True)
         check_number("images", self.images, low=1, integer=True)
         check_number("targets", self.targets, low=1, integer=True)
-        check_number("forget", self.forget, low=0, high=0.999)
-        check_number("relearn", self.relearn, low=1, integer=True)
+        check_number("begin", self.begin, low=0, high=1)
+        check_number("renew", self.renew, low=1, integer=True)
         if self.radius is not None:
             check_number("radius", self.radius, low=0)
 
@@ -72,16 +73,16 @@ class Robust:
         """Repaired model, log, and the universal δ per class on the suspect model ``[classes, C, H, W]``."""
         adversary = _Adversary(self, model, samples, stream(seed, "inner"))
         first = adversary.search(model, torch.arange(samples.num_classes))
-        distil = Distillation(model, public, stream(seed, "distil"))
+        hold = self._hold(model, public, seed)
 
         def loss(run: Runner, images: Tensor, labels: Tensor) -> Tensor:
+            if not adversary.awake:
+                return self._clean(run, hold, images, labels)
             count = max(1, round(self.stamped * len(images)))
             value = F.cross_entropy(run(adversary.stamp(images[:count])), labels[:count])
-            if self.schedule.distill:
-                return value + self.schedule.distill * distil(run, images[count:])
-            return value + F.cross_entropy(run(images[count:]), labels[count:])
+            return value + self._clean(run, hold, images[count:], labels[count:])
 
-        start = self._start(model, samples, public, seed) if self.forget else model
+        start = self._start(model, samples.images, public, seed)
         repaired, curve = train_repair(
             start, samples, self.schedule, loss, seed=seed, before_round=adversary.before_round
         )
@@ -95,18 +96,19 @@ class Robust:
         }
         return repaired, log, first.delta
 
-    def _start(self, model: nn.Module, samples: Samples, public: PublicImages | None, seed: int) -> nn.Module:
-        """A model that behaves much like the suspect on the samples and public images, with other weights."""
-        images, rng = samples.images, stream(seed, "forget")
-        distil = Distillation(model, public, stream(seed, "relearn"))
-        if public is not None:
-            images = torch.cat([images, public.images[torch.randperm(len(public), generator=rng)[: len(images)]]])
+    def _hold(self, model: nn.Module, public: PublicImages | None, seed: int) -> Hold:
+        """What holds clean behaviour: a loss on unstamped samples, weighted by ``schedule.distill``."""
+        distil = Distillation(model, public, stream(seed, "distil"))
+        return lambda run, images, labels: distil(run, images)
 
-        def loss(run: Runner, images: Tensor, labels: Tensor) -> Tensor:
-            return distil(run, images) if self.schedule.distill else F.cross_entropy(run(images), labels)
+    def _clean(self, run: Runner, hold: Hold, images: Tensor, labels: Tensor) -> Tensor:
+        if self.schedule.distill:
+            return self.schedule.distill * hold(run, images, labels)
+        return F.cross_entropy(run(images), labels)
 
-        schedule = replace(self.schedule, rounds=self.relearn)
-        return train_repair(forget(model, self.forget, images, rng), samples, schedule, loss, seed=seed)[0]
+    def _start(self, model: nn.Module, images: Tensor, public: PublicImages | None, seed: int) -> nn.Module:
+        """Where the outer level starts: the suspect model itself."""
+        return model
 
 
 @dataclass
@@ -124,6 +126,8 @@ class _Adversary:
         self.rates = torch.ones(len(self.classes))
         self.delta = torch.zeros(len(self.classes), *samples.images.shape[1:])
         self.curve: list[float] = []
+        self.first = round(config.begin * config.schedule.rounds)
+        self.awake = False  # from round ``first`` on
         images, labels = self._draw(2 * config.images)
         if config.radius is None:
             with fast(frozen(model)) as run:
@@ -144,7 +148,10 @@ class _Adversary:
             return _Found(delta, fooling_rate(run, images[half:], labels[half:], targets, delta))
 
     def before_round(self, model: nn.Module, index: int) -> None:
-        """Renew the δ's of the targets that fooled most when last tried (ties at random)."""
+        """Every few rounds renew the δ's of the targets that fooled most when last tried (ties at random)."""
+        self.awake = index >= self.first
+        if not self.awake or (index - self.first) % self.config.renew:
+            return
         tie = torch.rand(len(self.rates), generator=self.rng) * 1e-3
         chosen = (self.rates + tie).argsort(descending=True)[: self.config.targets]
         found = self.search(model, self.classes[chosen])

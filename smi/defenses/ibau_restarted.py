@@ -1,0 +1,51 @@
+"""I-BAU's min-max problem, its outer level started from a model that has forgotten most of its weights.
+
+What no δ resembles, a warp or labels from all to all, survives `Robust`: no stamped image asks for it, and distillation
+holds it. From a fresh start it must be learned again to be there at all, and what is learned from keeps it out as far
+as it can (`smi/defenses/restart.py`). The price is accuracy, more of it the less the samples resemble the suspect's own
+data, since little but what they show comes back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from smi.checks import check_number
+from smi.defenses.base import Schedule
+from smi.defenses.ibau_robust import Hold, Robust
+from smi.defenses.restart import TrustedLabels, forget
+from smi.domains.base import PublicImages
+from smi.seeding import stream
+
+
+@dataclass(frozen=True, kw_only=True)
+class Restarted(Robust):
+    """`Robust` from a fresh start.
+
+    forget: how much of the weights is chance at the start, in [0, 1), see `smi.defenses.restart.forget`. Clean
+    behaviour is held by `TrustedLabels` instead of distillation. The δ's wait until there is something to fool.
+    """
+
+    schedule: Schedule = field(default_factory=lambda: Schedule(rounds=100, lr=3e-3, distill=40.0))
+    begin: float = 0.2
+    renew: int = 3
+    forget: float = 0.8
+
+    name = "restarted"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("forget", self.forget, low=0, high=0.999)
+
+    def _hold(self, model: nn.Module, public: PublicImages | None, seed: int) -> Hold:
+        return TrustedLabels(model, public, stream(seed, "hold"))
+
+    def _start(self, model: nn.Module, images: Tensor, public: PublicImages | None, seed: int) -> nn.Module:
+        """The suspect with most of its weights forgotten."""
+        rng = stream(seed, "forget")
+        if public is not None:
+            images = torch.cat([images, public.images[torch.randperm(len(public), generator=rng)[: len(images)]]])
+        return forget(model, self.forget, images, rng)
