@@ -105,7 +105,7 @@ def test_keys_depend_on_the_configuration_alone(small, tmp_path):
 def test_the_shipped_studies_load():
     assert shipped() == ["cifar10", "digits", "gtsrb", "quick"]
     digits = load_study("digits")
-    assert len(digits) == 12 * 3 * (9 + 4 + 1)
+    assert len(digits) == 12 * 3 * (9 + 6 + 1)
     assert min(cell.seed for cell in digits.cells) == 20
     assert max(cell.seed for cell in digits.cells) < 100, "seeds from 100 up are for development"
     for name, per_class in (("gtsrb", 12), ("cifar10", 50)):

@@ -231,7 +231,8 @@ def _client(scheduler: str | None, workers: int) -> Iterator[Client]:
         return
     with _own_interrupts():
         cluster = LocalCluster(
-            n_workers=workers, threads_per_worker=1, processes=True, dashboard_address=None, memory_limit=0,
+            n_workers=workers, threads_per_worker=1, processes=True, memory_limit=0,
+            dashboard_address="127.0.0.1:0",  # any free port: with None a second study warns that 8787 is taken
             env=ENVIRONMENT, silence_logs=50,
         )  # fmt: skip
     with cluster, Client(cluster) as client:
