@@ -339,6 +339,6 @@ def test_what_is_forgotten_leaves_something() -> None:
 
 
 def test_the_restarted_solver_has_a_name_of_its_own() -> None:
-    """For studies and the command line, where a solver cannot be put into words."""
+    """For studies, whose files cannot name a solver."""
     assert defenses["ibau_restarted"]().solver == Restarted()
     assert defenses["ibau_restarted"]().settings() != defenses["ibau"]().settings()

@@ -39,7 +39,7 @@ class IBAU(Defense):
 @defenses.register("ibau_restarted")
 @dataclass(frozen=True, kw_only=True)
 class RestartedIBAU(IBAU):
-    """I-BAU with the `Restarted` solver, under a name of its own for studies and the command line."""
+    """I-BAU with the `Restarted` solver, under a name of its own for studies."""
 
     solver: Robust | Restarted | Published = field(default_factory=Restarted)
 
