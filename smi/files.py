@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,13 @@ from torch import Tensor
 
 from smi.errors import InputError
 
+LEFTOVERS = ".*.partial"
+
 
 def write_atomic(path: Path, content: bytes | str) -> None:
     """Write a whole file or nothing: a temporary file in the same folder, flushed to disk, then renamed."""
     data = content.encode() if isinstance(content, str) else content
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -35,6 +38,17 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def remove_leftovers(folder: Path, *, older: float = 3600.0) -> None:
+    """Remove what `write_atomic` was writing to ``folder`` and the folders in it when its process was killed.
+
+    older: in seconds; a younger file may be one that another process is writing now.
+    """
+    for pattern in (LEFTOVERS, f"*/{LEFTOVERS}"):
+        for file in folder.glob(pattern):
+            if time.time() - file.stat().st_mtime > older:
+                file.unlink(missing_ok=True)
 
 
 def output_folder(path: str | Path) -> Path:

@@ -27,12 +27,13 @@ from smi_kernels import Registry
 class Given:
     """What samples are made from.
 
-    model: the suspect, images in [0, 1] to logits. prior, public: the defender's. per_class: images a class, or as
-    many in all where labels come from the model. private: for the control ``clean`` alone, from the evaluator.
+    model: the suspect, images in [0, 1] to logits. prior, public: the defender's; None for a prior will do where a
+    source needs none. per_class: images a class, or as many in all where labels come from the model. private: for the
+    control ``clean`` alone, from the evaluator.
     """
 
     model: nn.Module
-    prior: Prior
+    prior: Prior | None
     public: PublicImages
     per_class: int = 30
     seed: int = 0
@@ -41,13 +42,21 @@ class Given:
     def __post_init__(self) -> None:
         check_number("per_class", self.per_class, low=1, integer=True)
 
+    @property
+    def own_prior(self) -> Prior:
+        """The prior. Raises `InputError` where there is none."""
+        if self.prior is None:
+            raise InputError("This source of samples needs a prior, and none was given. `smi.fit_prior` trains one.")
+        return self.prior
+
 
 @dataclass(frozen=True)
 class Source:
-    """A way to get samples. label: for tables. make: does it."""
+    """A way to get samples. label: for tables. make: does it. needs_prior: whether it looks at the prior."""
 
     label: str
     make: Callable[[Given], Samples]
+    needs_prior: bool = True
 
 
 sources: Registry[Source] = Registry("source")
@@ -87,20 +96,22 @@ def _public(given: Given) -> Samples:
 
 @torch.no_grad()
 def _random(given: Given) -> Samples:
-    z = sample_latents(given.prior, _total(given), stream(given.seed, "random"))
-    images = torch.cat([given.prior.generate(part).float() for part in z.split(256)])
+    prior = given.own_prior
+    z = sample_latents(prior, _total(given), stream(given.seed, "random"))
+    images = torch.cat([prior.generate(part).float() for part in z.split(256)])
     return _labelled(given.model, images.clamp(0, 1), "random")
 
 
 def _inverted(method: Inversion, selection: Selection | None = None) -> Callable[[Given], Samples]:
     def make(given: Given) -> Samples:
-        return invert(given.model, given.prior, method, per_class=given.per_class, selection=selection, seed=given.seed)
+        prior = given.own_prior
+        return invert(given.model, prior, method, per_class=given.per_class, selection=selection, seed=given.seed)
 
     return make
 
 
-sources.add("clean", Source("clean samples (control)", _clean))
-sources.add("public", Source("public images, pseudo-labels", _public))
+sources.add("clean", Source("clean samples (control)", _clean, needs_prior=False))
+sources.add("public", Source("public images, pseudo-labels", _public, needs_prior=False))
 sources.add("random", Source("random generator samples, pseudo-labels", _random))
 sources.add("pixel", Source("pixel inversion", _inverted(Pixel())))
 sources.add("deepinversion", Source("DeepInversion", _inverted(DeepInversion())))

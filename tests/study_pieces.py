@@ -7,10 +7,41 @@ import errno
 import json
 import os
 import time
+from collections import Counter
 
 from distributed import get_worker
 
 from smi.files import write_atomic
+
+SMALL = """
+seeds = [1, 2]
+attacks = ["badnets", "blended"]
+per_class = 3
+
+[domain.digits]
+prior = "digits"
+
+[train]
+epochs = 2
+
+[attack.badnets]
+size = 3
+
+[defense.ft.schedule]
+rounds = 2
+
+[[grid]]
+sources = ["clean", "smi"]
+defenses = ["ft"]
+
+[[grid]]
+sources = ["smi"]
+defenses = ["ft", "ibau"]
+
+[[grid]]
+sources = ["none"]
+defenses = ["clp"]
+"""
 
 WAIT = float(os.environ.get("STUDY_WAIT", "0"))
 
@@ -18,6 +49,11 @@ WAIT = float(os.environ.get("STUDY_WAIT", "0"))
 def log(store, line):
     with (store.cache / "log").open("a") as file:
         file.write(f"{line} {os.getpid()} {get_worker().name}\n")
+
+
+def logged(store, word):
+    lines = (store.cache / "log").read_text().splitlines()
+    return Counter(line.split()[1] for line in lines if line.startswith(f"{word} "))
 
 
 def make_prior(place, store):

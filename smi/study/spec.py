@@ -64,6 +64,11 @@ class Cell:
     seed: int
 
     @property
+    def needs_prior(self) -> bool:
+        """Whether its samples come from the place's prior."""
+        return self.source != NO_SAMPLES and sources[self.source].needs_prior
+
+    @property
     def config(self) -> dict[str, Any]:
         """Everything that the result depends on, as JSON."""
         return self._victim | {

@@ -130,7 +130,7 @@ def load_victim(file: str, attack: Attack) -> tuple[Classifier, Attack, Measurem
     return model.eval(), attack, Measurement(**meta["before"])
 
 
-def make_cell_samples(cell: Cell, store: Store, victim: str, prior: str) -> str:
+def make_cell_samples(cell: Cell, store: Store, victim: str, prior: str | None) -> str:
     """Make the samples of a cell, if they are not there. Returns their file; nothing for a defense without samples."""
     if cell.source == NO_SAMPLES:
         return ""
@@ -140,7 +140,8 @@ def make_cell_samples(cell: Cell, store: Store, victim: str, prior: str) -> str:
     start, domain = time.perf_counter(), _domain(cell.place.domain, cell.place.public)
     model, _, _ = load_victim(victim, cell.attack)
     given = Given(
-        model=model, prior=_prior(prior), public=domain.public, per_class=cell.per_class, seed=cell.seed,
+        model=model, prior=None if prior is None else _prior(prior), public=domain.public,
+        per_class=cell.per_class, seed=cell.seed,
         private=domain.private.train if cell.source == "clean" else None,
     )  # fmt: skip
     samples = make_samples(cell.source, given)
