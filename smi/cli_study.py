@@ -182,7 +182,8 @@ def plot(name: str, out: Path | None, cache: Path | None, picture: Path, defense
 def analyse(name: str, out: Path | None, cache: Path | None, csv_file: Path, picture: Path | None, force: bool) -> None:
     """What the samples of finished cells are like: similarity to real images, stability, presence of the trigger.
 
-    Trains a judge a seed and a detector an attack and seed, and keeps them and what they say in the cache.
+    Trains a judge a seed and a detector an attack and seed, which it keeps in the cache; what they say is kept beside
+    the cells, so that the cache may go.
     """
     from smi.analysis.figures import overview
     from smi.analysis.study import ANALYSIS_COLUMNS, DEFENSE, analyse as measure, sample_sets

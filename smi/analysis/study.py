@@ -1,11 +1,13 @@
 """What the samples of a study are like, beside what removal with them achieved: one row a sample set and defense.
 
 Everything here is the evaluator's: the judge and the detectors are trained on private data, and nothing goes back to a
-defense. What is measured is kept in the study's cache, so that an analysis may be interrupted and run again.
+defense. What is measured is kept beside the study's cells, in the folder ``analyses``: an analysis may be interrupted
+and run again, also after the cache with the samples is gone.
 """
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +24,7 @@ from smi.attacks import Attack
 from smi.classifiers import build_classifier, train_classifier
 from smi.domains import Domain, Samples, load_domain
 from smi.errors import InputError
-from smi.files import load_tensors, save_tensors
+from smi.files import load_tensors, save_tensors, write_atomic
 from smi.progress import track
 from smi.stability import Selection, score_samples
 from smi.study.results import COLUMNS, Row, outcome, read_rows
@@ -58,7 +60,7 @@ class SampleSets:
 
 
 def sample_sets(study: Study, store: Store) -> SampleSets:
-    """The sample sets that lie in the cache with their victim and have a finished `DEFENSE` cell."""
+    """The sample sets that were measured or lie in the cache with their victim, and have a finished `DEFENSE` cell."""
     cells: dict[str, list[Cell]] = defaultdict(list)
     for cell in study.cells:
         if cell.source != NO_SAMPLES:
@@ -67,7 +69,7 @@ def sample_sets(study: Study, store: Store) -> SampleSets:
     for members in cells.values():
         done = tuple(cell for cell in members if outcome(store.cell(cell)) == "done")
         kept = _samples(members[0], store).exists() and _victim(members[0], store).exists()
-        if kept and any(cell.defense_name == DEFENSE for cell in done):
+        if (kept or _measurements(members[0], store).exists()) and any(cell.defense_name == DEFENSE for cell in done):
             ready.append(done)
     return SampleSets(tuple(ready), len(cells) - len(ready))
 
@@ -81,11 +83,18 @@ def analyse(study: Study, store: Store) -> list[Row]:
     return rows
 
 
+def _measurements(cell: Cell, store: Store) -> Path:
+    return store.results / "analyses" / f"{digest({'samples': cell.samples_key, 'columns': MEASURED})}.json"
+
+
 def _kept_measurements(cell: Cell, store: Store) -> Row:
-    file = store.kept("analyses", digest({"samples": cell.samples_key, "columns": MEASURED}))
-    if not is_whole(file, "analysis"):
-        save_tensors(file, {}, {"kind": "analysis", "measured": _measure(cell, store)})
-    return {name: load_tensors(file, "analysis")[1]["measured"][name] for name in MEASURED}
+    file = _measurements(cell, store)
+    if not file.exists():
+        measured = _measure(cell, store)
+        file.parent.mkdir(exist_ok=True)
+        write_atomic(file, json.dumps(measured, indent=1, sort_keys=True) + "\n")
+    kept = json.loads(file.read_text(encoding="utf-8"))
+    return {name: kept[name] for name in MEASURED}
 
 
 def _measure(cell: Cell, store: Store) -> Row:
