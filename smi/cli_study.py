@@ -157,17 +157,17 @@ def table(
 @click.option("--defense", default="ibau", show_default=True)
 @click.option("--force", is_flag=True, help="Overwrite the picture.")
 def plot(name: str, out: Path | None, cache: Path | None, picture: Path, defense: str, force: bool) -> None:
-    """A picture (.png, .svg, .pdf) of attack success and accuracy by source, for one defense."""
+    """A picture (.png, .svg, .pdf) of the attack success left and the accuracy lost with one defense."""
     from smi.errors import InputError
     from smi.files import output_file
-    from smi.study.plot import plot_sources
+    from smi.study.plot import plot_rates
     from smi.study.results import read_rows
 
     chosen, store = _open(name, out, cache)
     rows = [row for row in read_rows(chosen, store) if row["defense"] == defense]
     if not rows:
         raise InputError(f"No cell with the defense {defense!r} is finished. Run the study first.")
-    figure = plot_sources(rows)
+    figure = plot_rates(rows)
     figure.savefig(picture if force else output_file(picture), dpi=120)
     click.echo(f"wrote {picture}")
 

@@ -15,6 +15,7 @@ from smi.domains import Domain, PrivateData, PrivateSet, PublicImages
 from smi.errors import InputError
 from smi.files import load_tensors
 from smi.study import Store, load_study, read_rows, run_study, stages, summarise
+from smi.study.plot import plot_rates
 from smi.study.results import as_csv, as_markdown, outcome
 from smi.study.spec import shipped
 
@@ -163,6 +164,21 @@ def test_summary_gives_mean_and_worst():
     assert as_csv(rows()).splitlines()[0] == (
         "domain,attack,source,defense,seed,n,acc_before,asr_before,acc,asr,der,seconds"
     )
+
+
+def test_the_picture_shows_means_and_what_is_missing():
+    made = [*rows(), rows()[2] | {"source": "clean", "asr": 0.2, "acc": 0.93}]
+    left, lost = plot_rates(made).axes
+    shown = {(t.get_position(), t.get_text()) for t in left.texts}
+    assert [label.get_text() for label in left.get_xticklabels()] == ["no removal", "clean", "smi"]
+    assert [label.get_text() for label in left.get_yticklabels()] == ["a", "b", "mean"]
+    assert shown == {
+        ((0, 0), "100.0"), ((0, 1), "100.0"), ((0, 2), "100.0"), ((1, 1), "20.0"), ((1, 2), "20.0"),
+        ((2, 0), "20.0"), ((2, 1), "0.0"), ((2, 2), "13.3"),
+    }  # fmt: skip
+    assert {(t.get_position(), t.get_text()) for t in lost.texts} == {
+        ((0, 1), "5.0"), ((0, 2), "5.0"), ((1, 0), "13.0"), ((1, 1), "3.0"), ((1, 2), "9.7"),
+    }  # fmt: skip
 
 
 def test_the_commands(small, store, tmp_path):
