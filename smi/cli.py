@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from smi.cli_study import study
+from smi.memory import keep_freed
 from smi.options import Commands, common, data_options
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def main() -> None:
     # Threads that wait for work by spinning take the processor from others (40 times slower on a shared machine).
     # OpenMP reads this once, when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    keep_freed()
     cli(prog_name="smi")
 
 

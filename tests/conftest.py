@@ -7,6 +7,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 import study_pieces
 
+from smi.memory import keep_freed
+
+keep_freed()
+
 
 @pytest.fixture
 def small(tmp_path):

@@ -47,6 +47,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from smi.errors import InputError
 from smi.files import remove_leftovers
+from smi.memory import KEPT
 from smi.progress import track
 from smi.study import stages
 from smi.study.results import outcome
@@ -59,9 +60,9 @@ if TYPE_CHECKING:
 QUIET = {"SMI_PROGRESS": "0"}  # workers do not show progress
 EARLY = {  # what a worker needs before it starts: its allocator and its OpenMP read it once
     "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE",
-    # glibc: one heap that keeps what was freed. Large tensors come and go each step; giving them back, as Dask asks for
-    # by default, cost two fifths of the time.
-    "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**30),
+    # What `keep_freed` does, and one heap for all threads. Dask's default, to return memory at once, cost two fifths
+    # of the time.
+    "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(KEPT), "MALLOC_TRIM_THRESHOLD_": str(KEPT),
 }  # fmt: skip
 ANSWER = 30.0  # seconds that a scheduler has to answer
 PATIENCE = 60.0  # seconds that a cluster has to show a worker
