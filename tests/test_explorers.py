@@ -5,11 +5,13 @@ import base64
 import pytest
 import torch
 from matplotlib.figure import Figure
+from tiny import noise
 
+from smi.attacks import BadNets
 from smi.classifiers import build_classifier
-from smi.domains.base import Samples
+from smi.domains.base import PrivateSet, Samples
 from smi.errors import InputError
-from smi.explorers import Picture, StabilityExplorer, image_row
+from smi.explorers import Picture, StabilityExplorer, TriggerExplorer, image_row
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -139,3 +141,36 @@ def test_pictures_are_reproducible_and_described():
     assert 'alt="two &quot;colour&quot; images"' in one.html("caption & more")
     assert "caption &amp; more" in one.html("caption & more")
     assert set(one._repr_mimebundle_()) == {"image/png", "text/plain"}
+
+
+@pytest.fixture(scope="module")
+def test_images():
+    return PrivateSet(noise(40, 1, 32, 32), torch.arange(40) % 4, 4)
+
+
+def test_the_trigger_explorer_measures_the_stamped_images_of_other_classes(test_images):
+    class Bright(torch.nn.Module):
+        """Says 0 where the lower right corner is white."""
+
+        def forward(self, x):
+            white = (x[:, 0, 27:31, 27:31].mean((1, 2)) > 0.99).float()
+            return torch.stack([white, 1 - white, torch.zeros_like(white), torch.zeros_like(white)], 1)
+
+    explorer = TriggerExplorer(Bright(), test_images, train_size=1000)
+    values = {"trigger": "badnets", "size": 4, "opacity": 1.0, "rate": 0.05}
+    own = explorer.compute(**values)
+    assert (own.asr, own.poisoned) == (1.0, 50)
+    assert own.answers == [0, 0, 0]  # one image of each of the classes 1 to 3
+    others = test_images.images[test_images.labels != 0]
+    expected = (BadNets(size=4).stamp(others) - others).flatten(1).norm(dim=1).mean().item()
+    assert own.moved == pytest.approx(expected, rel=1e-5)
+    half = explorer.compute(**(values | {"opacity": 0.5}))
+    assert half.asr == 0
+    assert half.moved == pytest.approx(expected / 2, rel=1e-5)
+    assert explorer.compute(**(values | {"size": 3})).asr == 0
+    assert explorer.compute(**(values | {"trigger": "blended"})).asr == 0
+    assert explorer.compute(**(values | {"opacity": 0.0})).moved == 0
+    explorer.controls["size"].value = 3
+    assert "ASR 0 %" in explorer.readout
+    assert "50 of 1,000" not in explorer.readout  # the control stands at 10 %
+    assert "100 of 1,000 training images" in explorer.readout

@@ -1,1 +1,5 @@
-"""Checks of the notebooks' exercises: one module a notebook, a ``check_N`` for each exercise of it."""
+"""What notebooks say and ask: claims that are checked as they are printed, and checks of the reader's own functions."""
+
+from smi.exercises.base import claim
+
+__all__ = ["claim"]

@@ -1,4 +1,4 @@
-"""How an exercise is checked: run the reader's function on cases, and say what is wrong without ever raising."""
+"""Claims of a notebook, and its exercises: the reader's function is run on cases, and what is wrong is said."""
 
 from __future__ import annotations
 
@@ -20,6 +20,13 @@ class Case:
     arguments: tuple[Any, ...]
     expected: Any
     hint: str
+
+
+def claim(text: str, holds: object) -> None:
+    """Print ``text`` with a tick. Raises `AssertionError` where it does not hold: no notebook claims what is not so."""
+    if not bool(holds):
+        raise AssertionError(f"This does not hold here: {text}")
+    print(f"✓ {text}")
 
 
 def check(attempt: Callable[..., Any], cases: Sequence[Case], *, tolerance: float = 1e-4) -> None:

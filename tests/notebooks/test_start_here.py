@@ -1,39 +1,11 @@
-"""The exercise of `00_start_here`: its printed solution passes, the usual mistakes are named, nothing ever raises."""
+"""The exercise of `00_start_here`: the usual mistakes are named, nothing ever raises."""
 
-import re
-from pathlib import Path
-
-import nbformat
 import pytest
 import torch
 
+from smi.exercises import claim
 from smi.exercises.base import Case, verdict
 from smi.exercises.start_here import check_1
-
-NOTEBOOK = Path(__file__).resolve().parents[2] / "notebooks" / "00_start_here.ipynb"
-
-
-def cells(kind):
-    return [cell.source for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == kind]
-
-
-def solution():
-    """The function in the notebook's own solution."""
-    (block,) = re.findall(r"<summary>Solution</summary>\s*```python\n(.*?)```", "\n".join(cells("markdown")), re.DOTALL)
-    names = {"torch": torch}
-    exec(block, names)
-    return names["attack_success_rate"]
-
-
-def test_the_solution_passes(capsys):
-    check_1(solution())
-    assert capsys.readouterr().out == "Passed.\n"
-
-
-def test_the_stub_is_not_attempted_yet(capsys):
-    (stub,) = [source for source in cells("code") if "def attack_success_rate" in source]
-    exec(stub, {"check_1": check_1})
-    assert "Not attempted yet" in capsys.readouterr().out
 
 
 def counts_the_target_class(predicted, labels, target):
@@ -81,3 +53,11 @@ def test_tensors_are_compared_with_a_tolerance():
     assert (
         verdict(lambda x: [x, x], cases) == "Not yet: your function returned other numbers than are right. Square it."
     )
+
+
+def test_a_claim_is_printed_where_it_holds_and_raises_where_not(capsys):
+    claim("Two is more than one", torch.tensor(2) > 1)
+    assert capsys.readouterr().out == "✓ Two is more than one\n"
+    with pytest.raises(AssertionError, match="does not hold here: One is more"):
+        claim("One is more than two", torch.tensor(1) > 2)
+    assert capsys.readouterr().out == ""
