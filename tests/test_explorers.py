@@ -11,7 +11,8 @@ from smi.attacks import BadNets
 from smi.classifiers import build_classifier
 from smi.domains.base import PrivateSet, Samples
 from smi.errors import InputError
-from smi.explorers import Picture, StabilityExplorer, TriggerExplorer, image_row
+from smi.explorers import Picture, PixelExplorer, StabilityExplorer, TriggerExplorer, UniversalExplorer, image_row
+from smi.inversion.pixel import total_variation
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -174,3 +175,59 @@ def test_the_trigger_explorer_measures_the_stamped_images_of_other_classes(test_
     assert "ASR 0 %" in explorer.readout
     assert "50 of 1,000" not in explorer.readout  # the control stands at 10 %
     assert "100 of 1,000 training images" in explorer.readout
+
+
+class Corner(torch.nn.Module):
+    """Says 0 where the first pixel is brighter than 0.5, and else 1: one small change sends all images to 0."""
+
+    def forward(self, x):
+        first = 20 * (x[:, 0, 0, 0] - 0.5)
+        return torch.stack([first, torch.zeros_like(first), torch.full_like(first, -9.0)], 1)
+
+
+@pytest.fixture
+def universal():
+    images = noise(30, 1, 8, 8) * 0.3
+    return UniversalExplorer({"suspect": Corner()}, Samples(images, torch.arange(30) % 3, 3, "toy"))
+
+
+def test_the_universal_explorer_finds_the_short_cut_and_tests_it_on_other_images(universal):
+    values = {"model": "suspect", "label": 0, "radius": 1.0, "steps": 8}
+    found = universal.compute(**values)
+    assert found.fooled == 1.0
+    assert found.answers == [0] * len(found.shown)
+    assert found.delta.abs().argmax() == 0, "the pixel that the model looks at"
+    assert found.delta.norm() <= 1.0001
+    assert universal.compute(**(values | {"radius": 0.05})).fooled == 0, "the radius is respected"
+    assert universal.compute(**(values | {"label": 2})).fooled == 0, "no pixel leads there"
+    assert not set(universal.searched.tolist()) & set(universal.held.tolist())
+    universal.controls["label"].value = 2
+    assert "sends 0 %" in universal.readout
+    assert universal.state["fooled"] == 0
+
+
+def test_the_universal_explorer_needs_images_to_test_on():
+    with pytest.raises(InputError, match="There are 5 samples"):
+        UniversalExplorer({"suspect": Corner()}, Samples(noise(5, 1, 8, 8), torch.arange(5) % 3, 3, "toy"))
+
+
+def test_the_pixel_explorer_descends_from_the_same_noise(model):
+    class Judge(torch.nn.Module):
+        def forward(self, x):
+            return torch.tensor([[0.0, 0.0, 1.0]]).repeat(len(x), 1)
+
+    class Shape:
+        image_shape, latent_dim = (1, 32, 32), 1
+
+    explorer = PixelExplorer(model, Judge(), Shape(), classes=3)
+    start = explorer.compute(label=2, smooth=0.0, steps=0)
+    found = explorer.compute(label=2, smooth=0.0, steps=40)
+    assert torch.equal(start.images, explorer.compute(label=2, smooth=100.0, steps=0).images)
+    assert found.sure > start.sure
+    assert found.judge == [2] * 6
+    smooth = explorer.compute(label=2, smooth=100.0, steps=40)
+    assert total_variation(smooth.images).mean() < 0.5 * total_variation(found.images).mean()
+    explorer.controls["label"].value = 2
+    assert "the judge agrees on 6 of 6" in explorer.readout
+    explorer.controls["label"].value = 1
+    assert "the judge agrees on 0 of 6" in explorer.readout

@@ -2,7 +2,19 @@
 
 from smi.explorers.base import Explorer
 from smi.explorers.pictures import BLUE, VERMILLION, Picture, image_row
+from smi.explorers.pixels import PixelExplorer
 from smi.explorers.stability import StabilityExplorer
 from smi.explorers.trigger import TriggerExplorer
+from smi.explorers.universal import UniversalExplorer
 
-__all__ = ["BLUE", "VERMILLION", "Explorer", "Picture", "StabilityExplorer", "TriggerExplorer", "image_row"]
+__all__ = [
+    "BLUE",
+    "VERMILLION",
+    "Explorer",
+    "Picture",
+    "PixelExplorer",
+    "StabilityExplorer",
+    "TriggerExplorer",
+    "UniversalExplorer",
+    "image_row",
+]

@@ -1,0 +1,79 @@
+"""What a model takes for a class, pixel by pixel: more smoothness, more steps, and never a digit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import ipywidgets as W
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from smi.compute import fast, frozen, predict
+from smi.explorers.base import Explorer
+from smi.explorers.pictures import BLUE, VERMILLION, image_row
+from smi.inversion import Pixel
+from smi.inversion.base import Task
+from smi.priors import Prior
+from smi.seeding import stream
+
+COUNT = 6
+
+
+@dataclass(frozen=True, eq=False)
+class Inverted:
+    """Images of one class ``[6, C, H, W]``. sure: the model's mean probability of it. judge: the other's answers."""
+
+    label: int
+    images: Tensor
+    sure: float
+    judge: list[int]
+
+
+class PixelExplorer(Explorer):
+    """Pixel inversion with a smoothness weight and a number of steps of the reader's choice.
+
+    model: images in [0, 1] to logits. judge: an independent classifier of the same classes, which says what the images
+    show. prior: gives the image shape.
+    """
+
+    def __init__(self, model: nn.Module, judge: nn.Module, prior: Prior, *, classes: int = 10, seed: int = 0) -> None:
+        self.model, self.judge, self.prior, self.seed = frozen(model), judge.eval(), prior, seed
+        style = {"description_width": "9em"}
+        slider = {"continuous_update": False, "style": style}
+        weights = [(f"{weight:g}", weight) for weight in (0.0, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)]
+        super().__init__(
+            {
+                "label": W.Dropdown(options=list(range(classes)), description="Class", style=style),
+                "smooth": W.SelectionSlider(options=weights, value=3.0, description="TV weight λ", **slider),
+                "steps": W.IntSlider(30, min=0, max=40, step=5, description="Steps", **slider),
+            }
+        )
+
+    def compute(self, *, label: int, smooth: float, steps: int) -> Inverted:
+        """Invert six images of the class from the same noise."""
+        labels = torch.full((COUNT,), label)
+        with fast(self.model) as run:
+            task = Task(self.model, run, self.prior, labels, stream(self.seed, "pixels"))
+            images = Pixel(lambda_tv=smooth, steps=steps).optimise(task)
+        sure = predict(self.model, images).softmax(1)[:, label].mean().item()
+        return Inverted(label, images, sure, predict(self.judge, images).argmax(1).tolist())
+
+    def figure(self, result: Inverted) -> Figure:
+        """The images, and what the judge says below."""
+        figure = Figure(figsize=(8, 1.9), layout="constrained")
+        axes = figure.subplots()
+        colors = [BLUE if answer == result.label else VERMILLION for answer in result.judge]
+        image_row(axes, result.images, [f'judge: "{answer}"' for answer in result.judge], colors)
+        return figure
+
+    def describe(self, result: Inverted) -> tuple[str, str, dict[str, Any]]:
+        """Alternative text, caption and numbers."""
+        agree = result.judge.count(result.label)
+        alt = f"{COUNT} images inverted for class {result.label}, with the independent judge's answer below each."
+        caption = (
+            f"The model gives class {result.label} a probability of {100 * result.sure:.0f} % on average; the judge "
+            f"agrees on {agree} of {COUNT}."
+        )
+        return alt, caption, {"sure": result.sure, "agree": agree}

@@ -1,0 +1,104 @@
+"""How far must all images move, together, before a model calls them what one wants? The inner problem of I-BAU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ipywidgets as W
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from smi.compute import fast, frozen, predict
+from smi.defenses.universal import fooling_rate, universal
+from smi.domains.base import Samples
+from smi.errors import InputError
+from smi.explorers.base import Explorer
+from smi.explorers.pictures import BLUE, VERMILLION, image_row
+from smi.seeding import stream
+
+SHOWN, SEARCHED = 8, 40  # images in the picture, and those that δ is searched on
+
+
+@dataclass(frozen=True, eq=False)
+class Shift:
+    """A universal perturbation. delta ``[C, H, W]``; shown: images with it ``[N, C, H, W]``, of other classes.
+
+    answers: of the model to those. fooled: share of images that δ was not searched on which it sends to ``label``.
+    """
+
+    label: int
+    delta: Tensor
+    shown: Tensor
+    answers: list[int]
+    fooled: float
+
+
+class UniversalExplorer(Explorer):
+    """One perturbation δ for all images, searched towards a class within a radius that the reader chooses.
+
+    models: by the name to show, images in [0, 1] to logits. samples: labelled images; half of them, at most 40, are
+    searched on, the others measured.
+    """
+
+    def __init__(self, models: Mapping[str, nn.Module], samples: Samples, *, seed: int = 0) -> None:
+        if len(samples) < 2 * samples.num_classes:
+            raise InputError(
+                f"There are {len(samples)} samples. Allowed: two a class or more, so that δ can be tested."
+            )
+        self.models, self.samples, self.seed = {n: frozen(m) for n, m in models.items()}, samples, seed
+        order = torch.randperm(len(samples), generator=stream(seed, "explore"))
+        count = min(SEARCHED, len(samples) // 2)
+        self.searched, self.held = order[:count], order[count:]
+        style = {"description_width": "9em"}
+        slider = {"continuous_update": False, "style": style}
+        super().__init__(
+            {
+                "model": W.Dropdown(options=list(models), description="Model", style=style),
+                "label": W.Dropdown(options=list(range(samples.num_classes)), description="Towards class", style=style),
+                "radius": W.FloatSlider(1.0, min=0.25, max=6, step=0.25, description="Radius C, L2 norm", **slider),
+                "steps": W.IntSlider(8, min=1, max=12, description="Ascent steps", **slider),
+            }
+        )
+
+    def compute(self, *, model: str, label: int, radius: float, steps: int) -> Shift:
+        """Search δ and try it on images that it was not searched on."""
+        chosen, target = self.models[model], torch.tensor([label])
+        images, labels = self.samples.images, self.samples.labels
+        with fast(chosen) as run:
+            delta = universal(
+                run, images[self.searched], labels[self.searched], target, radius=radius, steps=steps,
+                rng=stream(self.seed, "start"),
+            )  # fmt: skip
+            fooled = fooling_rate(run, images[self.held], labels[self.held], target, delta).item()
+        others = self.held[labels[self.held] != label][:SHOWN]
+        shown = (images[others] + delta).clamp(0, 1)
+        return Shift(label, delta[0], shown, predict(chosen, shown).argmax(1).tolist(), fooled)
+
+    def figure(self, result: Shift) -> Figure:
+        """δ on its own, purple brighter and orange darker, and images with it."""
+        figure = Figure(figsize=(9, 1.9), layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=(1, len(result.shown)))
+        delta = result.delta.mean(0)
+        end = delta.abs().max().clamp(min=1e-6).item()
+        left.imshow(delta.numpy(), cmap="PuOr", vmin=-end, vmax=end)
+        left.set(xticks=[], yticks=[])
+        left.set_title("δ", fontsize=10)
+        colors = [VERMILLION if answer == result.label else BLUE for answer in result.answers]
+        marks = ["✕" if answer == result.label else "" for answer in result.answers]
+        labels = [f'{mark} "{answer}"'.strip() for mark, answer in zip(marks, result.answers, strict=True)]
+        image_row(right, result.shown, labels, colors)
+        right.set_title(f"images + δ; ✕: taken for {result.label}", fontsize=10)
+        return figure
+
+    def describe(self, result: Shift) -> tuple[str, str, dict[str, Any]]:
+        """Alternative text, caption and numbers."""
+        norm = result.delta.norm().item()
+        alt = f"A universal perturbation towards class {result.label}, and images with it and the model's answers."
+        caption = (
+            f"One δ of norm {norm:.2g} sends {100 * result.fooled:.0f} % of the images it was not searched on to class "
+            f"{result.label}."
+        )
+        return alt, caption, {"fooled": result.fooled, "norm": norm}
