@@ -11,7 +11,16 @@ from smi.attacks import BadNets
 from smi.classifiers import build_classifier
 from smi.domains.base import PrivateSet, Samples
 from smi.errors import InputError
-from smi.explorers import Picture, PixelExplorer, StabilityExplorer, TriggerExplorer, UniversalExplorer, image_row
+from smi.explorers import (
+    LatentExplorer,
+    Picture,
+    PixelExplorer,
+    StabilityExplorer,
+    TriggerExplorer,
+    UniversalExplorer,
+    image_row,
+)
+from smi.explorers.latent import slerp
 from smi.inversion.pixel import total_variation
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -231,3 +240,34 @@ def test_the_pixel_explorer_descends_from_the_same_noise(model):
     assert "the judge agrees on 6 of 6" in explorer.readout
     explorer.controls["label"].value = 1
     assert "the judge agrees on 0 of 6" in explorer.readout
+
+
+def test_the_latent_explorer_walks_on_the_sphere_and_truncates(model):
+    class Linear:
+        """Image value = 0.5 + z / 20: what was walked can be read from the pixels."""
+
+        image_shape, latent_dim = (1, 32, 32), 2
+
+        def generate(self, z):
+            return (0.5 + z.mean(1) / 20).view(-1, 1, 1, 1).expand(-1, 1, 32, 32)
+
+        def criticise(self, images):
+            return None
+
+    explorer = LatentExplorer(Linear(), model, count=4)
+    found = explorer.compute(start=0, end=1, truncation=1.0)
+    ends = Linear().generate(explorer.latents[:2])
+    torch.testing.assert_close(found.images[[0, -1]], ends)
+    still = explorer.compute(start=2, end=2, truncation=2.0)
+    torch.testing.assert_close(still.images, Linear().generate(2 * explorer.latents[2:3]).expand(9, -1, -1, -1))
+    assert explorer.compute(start=0, end=1, truncation=0.0).spread == 0
+    assert explorer.compute(start=0, end=1, truncation=2.0).spread > 1.5 * found.spread
+    with pytest.raises(InputError, match="no prior"):
+        LatentExplorer(model, model)
+
+
+def test_slerp_keeps_the_length_of_the_way():
+    start, end = torch.tensor([2.0, 0.0, 0.0]), torch.tensor([0.0, 2.0, 0.0])
+    half = slerp(start, end, 0.5)
+    torch.testing.assert_close(half, torch.tensor([2.0, 2.0, 0.0]) / 2**0.5)
+    torch.testing.assert_close(slerp(start, start, 0.3), start)

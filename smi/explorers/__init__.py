@@ -1,6 +1,7 @@
 """Explorers: widgets of the notebooks. One file each; see `smi/explorers/base.py` for what an explorer is."""
 
 from smi.explorers.base import Explorer
+from smi.explorers.latent import LatentExplorer
 from smi.explorers.pictures import BLUE, VERMILLION, Picture, image_row
 from smi.explorers.pixels import PixelExplorer
 from smi.explorers.stability import StabilityExplorer
@@ -11,6 +12,7 @@ __all__ = [
     "BLUE",
     "VERMILLION",
     "Explorer",
+    "LatentExplorer",
     "Picture",
     "PixelExplorer",
     "StabilityExplorer",
