@@ -167,7 +167,7 @@ def plot(name: str, out: Path | None, cache: Path | None, picture: Path, defense
     rows = [row for row in read_rows(chosen, store) if row["defense"] == defense]
     if not rows:
         raise InputError(f"No cell with the defense {defense!r} is finished. Run the study first.")
-    figure = plot_rates(rows)
+    figure = plot_rates(rows, [cell.source for cell in chosen.cells])
     figure.savefig(picture if force else output_file(picture), dpi=120)
     click.echo(f"wrote {picture}")
 

@@ -60,7 +60,7 @@ class Source:
 
 
 sources: Registry[Source] = Registry("source")
-"""Sources by name, in the order of tables."""
+"""Sources by name."""
 
 
 def make_samples(name: str, given: Given) -> Samples:

@@ -8,24 +8,23 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from smi.sources import sources
 from smi.study.results import Row
 
 NONE = "no removal"
 WORST_LOSS = 15.0  # points of accuracy at which the scale ends
 
 
-def plot_rates(rows: Sequence[Row]) -> Figure:
+def plot_rates(rows: Sequence[Row], order: Sequence[str] = ()) -> Figure:
     """Two tables of means in percent, dark where it is bad: attack success left, and points of accuracy lost.
 
     rows: cells of one defense. A line an attack (and domain, where there are several) with the mean of all at the end;
-    a column a source; the first says what there was before.
+    a column a source, those of ``order`` first; before them stands what there was before.
     """
     several = len({row["domain"] for row in rows}) > 1
     titles = [f"{row['domain']} {row['attack']}" if several else row["attack"] for row in rows]
     attacks = list(dict.fromkeys(titles))
-    found = {row["source"] for row in rows}
-    columns = [name for name in sources if name in found]
+    found = dict.fromkeys(row["source"] for row in rows)
+    columns = [name for name in dict.fromkeys([*order, *found]) if name in found]
     lines = [[row for row, title in zip(rows, titles, strict=True) if title == attack] for attack in attacks]
     lines.append([row for line in lines for row in line])
     left = _means(lines, columns, lambda row: row["asr"], lambda row: row["asr_before"])
