@@ -66,3 +66,9 @@ def image_row(axes: Axes, images: Tensor, labels: Sequence[str] = (), colors: Se
     axes.spines[:].set_visible(False)
     for text, color in zip(axes.get_xticklabels(), colors, strict=False):
         text.set_color(color)
+
+
+def answered_row(axes: Axes, images: Tensor, answers: Sequence[int], target: int) -> None:
+    """`image_row` with a model's answers below; a cross and colour mark those that say ``target``."""
+    labels = [f'✕ "{answer}"' if answer == target else f'"{answer}"' for answer in answers]
+    image_row(axes, images, labels, [VERMILLION if answer == target else BLUE for answer in answers])

@@ -14,7 +14,7 @@ from smi.checks import check_number
 from smi.compute import predict
 from smi.domains.base import PrivateSet
 from smi.explorers.base import Explorer
-from smi.explorers.pictures import BLUE, VERMILLION, image_row
+from smi.explorers.pictures import answered_row, image_row
 
 SHOWN, MEASURED = 9, 300  # images in the picture, and for the rate
 
@@ -81,10 +81,7 @@ class TriggerExplorer(Explorer):
         figure = Figure(figsize=(9, 2.6), layout="constrained")
         clean, stamped = figure.subplots(2, 1)
         image_row(clean, result.images)
-        colors = [VERMILLION if answer == self.target else BLUE for answer in result.answers]
-        marks = ["✕" if answer == self.target else "" for answer in result.answers]
-        labels = [f'{mark} "{answer}"'.strip() for mark, answer in zip(marks, result.answers, strict=True)]
-        image_row(stamped, result.stamped, labels, colors)
+        answered_row(stamped, result.stamped, result.answers, self.target)
         clean.set_title(f"without and with the trigger; ✕: taken for {self.target}", fontsize=10)
         return figure
 

@@ -16,7 +16,7 @@ from smi.defenses.universal import fooling_rate, universal
 from smi.domains.base import Samples
 from smi.errors import InputError
 from smi.explorers.base import Explorer
-from smi.explorers.pictures import BLUE, VERMILLION, image_row
+from smi.explorers.pictures import answered_row
 from smi.seeding import stream
 
 SHOWN, SEARCHED = 8, 40  # images in the picture, and those that δ is searched on
@@ -86,10 +86,7 @@ class UniversalExplorer(Explorer):
         left.imshow(delta.numpy(), cmap="PuOr", vmin=-end, vmax=end)
         left.set(xticks=[], yticks=[])
         left.set_title("δ", fontsize=10)
-        colors = [VERMILLION if answer == result.label else BLUE for answer in result.answers]
-        marks = ["✕" if answer == result.label else "" for answer in result.answers]
-        labels = [f'{mark} "{answer}"'.strip() for mark, answer in zip(marks, result.answers, strict=True)]
-        image_row(right, result.shown, labels, colors)
+        answered_row(right, result.shown, result.answers, result.label)
         right.set_title(f"images + δ; ✕: taken for {result.label}", fontsize=10)
         return figure
 

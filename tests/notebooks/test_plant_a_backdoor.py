@@ -15,11 +15,8 @@ from smi.exercises.plant_a_backdoor import check_1, check_2
         (lambda labels, target: (labels != target).nonzero()[:, 0], "shape"),
     ],
 )
-def test_eligible(attempt, says, capsys):
-    check_1(attempt)
-    out = capsys.readouterr().out
-    assert out.startswith("Not yet:")
-    assert says in out
+def test_eligible(attempt, says, rejects):
+    rejects(check_1, attempt, says)
 
 
 @pytest.mark.parametrize(
@@ -33,8 +30,5 @@ def test_eligible(attempt, says, capsys):
         (lambda x, k, a, m: x + min(a, 0.5) * m * (k - x), "With alpha 1"),
     ],
 )
-def test_blend(attempt, says, capsys):
-    check_2(attempt)
-    out = capsys.readouterr().out
-    assert out.startswith("Not yet:")
-    assert says in out
+def test_blend(attempt, says, rejects):
+    rejects(check_2, attempt, says)

@@ -33,11 +33,8 @@ def counts_every_mistake(predicted, labels, target):
         (lambda predicted: 0.5, "raised TypeError"),
     ],
 )
-def test_a_wrong_answer_is_rejected_with_what_is_wrong(attempt, says, capsys):
-    check_1(attempt)
-    out = capsys.readouterr().out
-    assert out.startswith("Not yet:")
-    assert says in out
+def test_a_wrong_answer_is_rejected_with_what_is_wrong(attempt, says, rejects):
+    rejects(check_1, attempt, says)
 
 
 def test_not_implemented_counts_as_not_attempted():
