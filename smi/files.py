@@ -11,6 +11,7 @@ import os
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,9 @@ def remove_leftovers(folder: Path, *, older: float = 3600.0) -> None:
     """
     for pattern in (LEFTOVERS, f"*/{LEFTOVERS}"):
         for file in folder.glob(pattern):
-            if time.time() - file.stat().st_mtime > older:
-                file.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # another process has finished or removed it
+                if time.time() - file.stat().st_mtime > older:
+                    file.unlink()
 
 
 def output_folder(path: str | Path) -> Path:

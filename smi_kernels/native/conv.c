@@ -26,7 +26,7 @@
 #define HAS_BFLOAT16 0
 #endif
 
-typedef float vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef float vector __attribute__((vector_size(4 * LANES), aligned(4)));
 
 struct convolution {
     int64_t draws, images, channels, height, width, outputs, out_height, out_width;
@@ -162,7 +162,7 @@ static inline __attribute__((always_inline)) void multiply_by(
                 vector w[LARGEST];
 #pragma GCC unroll 3
                 for (int v = 0; v < count; v++)
-                    w[v] = *(const vector *)(weight + v * LANES);
+                    memcpy(&w[v], weight + v * LANES, sizeof(vector));
 #pragma GCC unroll 4
                 for (int p = 0; p < RUN; p++) {
                     const uint32_t a = first[step + p * pixel], b = second[step + p * pixel];
