@@ -14,6 +14,7 @@ from smi.compute import fast, frozen
 from smi.defenses import IBAU, FineTune, Published, Restarted, Robust, Schedule, defenses
 from smi.defenses.base import Distillation, _warm_cosine
 from smi.defenses.channels import watch
+from smi.defenses.ibau_robust import _Adversary, _PseudoLabelled
 from smi.defenses.restart import TrustedLabels, forget
 from smi.defenses.universal import AWAY, concentrate, data_scale, fooling_rate, into_ball, natural_radius, universal
 from smi.domains import PrivateSet, PublicImages, Samples
@@ -202,6 +203,42 @@ def test_robust_unlearns_what_fine_tuning_leaves() -> None:
     assert (unlearned(s.images).argmax(1) == s.labels).float().mean() == 1.0
 
 
+def test_the_radius_is_that_of_public_images_whatever_the_samples_are() -> None:
+    """Samples chosen for stability are hard to fool; where there are public images they do not ask them."""
+    quick, few = Robust(schedule=QUICK, images=30), Robust(schedule=QUICK, images=5)
+    faint = Samples(thirds(60).images / 4, thirds(60).labels, 3, "smi")
+
+    def radius(s: Samples, public: PublicImages | None, solver: Robust = quick) -> float:
+        return solver.solve(Learned(), s, public, 0)[1]["radius"]
+
+    bright = PublicImages(thirds(60).images)
+    assert radius(faint, bright, few) == radius(thirds(30), bright, few)
+    assert radius(faint, None) < radius(thirds(60), None) / 2
+    assert radius(thirds(60), PublicImages(faint.images)) == pytest.approx(radius(faint, None), rel=0.35)
+
+
+def test_public_images_are_stamped_with_the_suspects_labels(monkeypatch) -> None:
+    s, public = samples(24), PublicImages(torch.ones(9, 1, 8, 8))
+    seen = []
+
+    def keep(self, images: torch.Tensor) -> torch.Tensor:
+        seen.append(images)
+        return images
+
+    monkeypatch.setattr(_Adversary, "stamp", keep)
+    for share in (0.0, 2.0):
+        Robust(schedule=Schedule(rounds=1, batch_size=8), radius=0.1, steps=1, public=share).solve(
+            tiny_model(), s, public, 0
+        )
+    without, twice = seen[:3], seen[3:]
+    assert [len(batch) for batch in without] == [4] * 3
+    assert [len(batch) for batch in twice] == [12] * 3
+    assert all(torch.equal(few, many[:4]) for few, many in zip(without, twice, strict=True))
+    drawn = _PseudoLabelled(tiny_model(), PublicImages(samples(40).images), rng(2))
+    images, labels = drawn.draw(30)
+    assert torch.equal(labels, tiny_model()(images).argmax(1)) and len(labels.unique()) > 1
+
+
 def test_forgetting_keeps_the_size_of_weights_and_the_scale_of_features() -> None:
     model, images = tiny_model(), samples().images
     kept = {name: value.clone() for name, value in model.state_dict().items()}
@@ -320,6 +357,7 @@ def test_schedule_warms_up_and_decays_to_zero() -> None:
     "bad",
     [
         {"stamped": 0.0},
+        {"public": -1.0},
         {"renew": 0},
         {"begin": 2.0},
         {"steps": 0},

@@ -5,14 +5,16 @@
 What differs from the published solver, and why: the inner maximum is searched afresh each round, from noise, towards
 every class and away from all (a single untargeted δ misses the trigger on half of the seeds); all the δ's are stamped,
 each as often as it still fools (the worst one alone makes the model oscillate), spread out or concentrated on a few
-pixels (a patch comes out of an L2 search with noise around it); C comes from the data (`natural_radius`); clean
-behaviour is held by distillation on unstamped samples and public images, so that accuracy costs little; and the outer
-gradient is first-order: δ is found afresh, so that nothing implicit is left to follow. For what no δ resembles there is
-`smi/defenses/ibau_restarted.py`.
+pixels (a patch comes out of an L2 search with noise around it); C comes from public images (`natural_radius`), because
+a few hundred samples chosen for stability are hard to fool and would ask for δ's so strong that unlearning them wrecks
+the model; as many public images are stamped, with the suspect's labels; clean behaviour is held by distillation on
+unstamped samples and public images, so that accuracy costs little; and the outer gradient is first-order: δ is found
+afresh, so that nothing implicit is left to follow. For what no δ resembles there is `smi/defenses/ibau_restarted.py`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,9 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from smi.augment import vary
 from smi.checks import check_number
-from smi.compute import Runner, fast, frozen
-from smi.defenses.base import Distillation, Schedule, train_repair
+from smi.compute import Runner, fast, frozen, predict
+from smi.defenses.base import Distillation, Schedule, ask, train_repair
 from smi.defenses.universal import AWAY, concentrate, fooling_rate, natural_radius, universal
 from smi.domains.base import PublicImages, Samples
 from smi.seeding import stream
@@ -38,16 +41,18 @@ Hold = Callable[[Runner, Tensor, Tensor], Tensor]
 class Robust:
     """The robust solver.
 
-    goal: share that fixes the radius, see `natural_radius`. radius: C in [0, 1] pixels; None for that rule. stamped:
-    share of each batch that carries a δ. steps: ascent steps for a δ. images: samples that a δ is searched on. targets:
-    δ's renewed at a time; with more classes than that, those that fooled most when last tried. begin: share of the
-    rounds, in [0, 1], before δ's are stamped. renew: rounds from one search for δ's to the next.
+    goal: share that fixes the radius, see `natural_radius`. radius: C in [0, 1] pixels; None for that rule, on public
+    images, or on the samples where there are none. stamped: share of each batch that carries a δ. public: public images
+    stamped for each stamped sample. steps: ascent steps for a δ. images: samples that a δ is searched on. targets: δ's
+    renewed at a time; with more classes than that, those that fooled most when last tried. begin: share of the rounds,
+    in [0, 1], before δ's are stamped. renew: rounds from one search for δ's to the next.
     """
 
-    schedule: Schedule = field(default_factory=lambda: Schedule(rounds=30, lr=3e-3, distill=40.0))
+    schedule: Schedule = field(default_factory=lambda: Schedule(rounds=12, lr=3e-3, batch_size=30, distill=40.0))
     goal: float = 0.5
     radius: float | None = None
     stamped: float = 0.5
+    public: float = 1.0
     steps: int = 5
     images: int = 40
     targets: int = 6
@@ -59,6 +64,7 @@ class Robust:
     def __post_init__(self) -> None:
         check_number("goal", self.goal, low=0.01, high=1)
         check_number("stamped", self.stamped, low=0.01, high=0.99)
+        check_number("public", self.public, low=0)
         check_number("steps", self.steps, low=1, integer=True)
         check_number("images", self.images, low=1, integer=True)
         check_number("targets", self.targets, low=1, integer=True)
@@ -71,15 +77,20 @@ class Robust:
         self, model: nn.Module, samples: Samples, public: PublicImages | None, seed: int
     ) -> tuple[nn.Module, dict[str, Any], Tensor]:
         """Repaired model, log, and the universal δ per class on the suspect model ``[classes, C, H, W]``."""
-        adversary = _Adversary(self, model, samples, stream(seed, "inner"))
+        adversary = _Adversary(self, model, samples, public, stream(seed, "inner"))
         first = adversary.search(model, torch.arange(samples.num_classes))
         hold = self._hold(model, public, seed)
+        more = _PseudoLabelled(model, public, stream(seed, "public")) if public is not None and self.public else None
 
         def loss(run: Runner, images: Tensor, labels: Tensor) -> Tensor:
             if not adversary.awake:
                 return self._clean(run, hold, images, labels)
             count = max(1, round(self.stamped * len(images)))
-            value = F.cross_entropy(run(adversary.stamp(images[:count])), labels[:count])
+            shown, wanted = images[:count], labels[:count]
+            if more is not None:
+                extra, guessed = more.draw(math.ceil(self.public * count))
+                shown, wanted = torch.cat([shown, extra]), torch.cat([wanted, guessed])
+            value = F.cross_entropy(run(adversary.stamp(shown)), wanted)
             return value + self._clean(run, hold, images[count:], labels[count:])
 
         start = self._start(model, samples.images, public, seed)
@@ -111,6 +122,18 @@ class Robust:
         return model
 
 
+class _PseudoLabelled:
+    """Public images, varied afresh each time, with what the suspect model calls them."""
+
+    def __init__(self, model: nn.Module, public: PublicImages, rng: torch.Generator) -> None:
+        self._suspect, self._images, self._rng = frozen(model), public.images, rng
+
+    def draw(self, count: int) -> tuple[Tensor, Tensor]:
+        """Images ``[count, C, H, W]`` and labels ``[count]``."""
+        images = vary(self._images[torch.randint(len(self._images), (count,), generator=self._rng)], self._rng)
+        return images, ask(self._suspect, images).argmax(1)
+
+
 @dataclass
 class _Found:
     delta: Tensor
@@ -120,7 +143,9 @@ class _Found:
 class _Adversary:
     """The inner level: universal δ's against the current model, and how much each still fools."""
 
-    def __init__(self, config: Robust, model: nn.Module, samples: Samples, rng: torch.Generator) -> None:
+    def __init__(
+        self, config: Robust, model: nn.Module, samples: Samples, public: PublicImages | None, rng: torch.Generator
+    ) -> None:
         self.config, self.samples, self.rng = config, samples, rng
         self.classes = torch.tensor([AWAY, *range(samples.num_classes)])
         self.rates = torch.ones(len(self.classes))
@@ -128,14 +153,18 @@ class _Adversary:
         self.curve: list[float] = []
         self.first = round(config.begin * config.schedule.rounds)
         self.awake = False  # from round ``first`` on
-        images, labels = self._draw(2 * config.images)
-        if config.radius is None:
-            with fast(frozen(model)) as run:
-                self.radius = natural_radius(
-                    run, images, labels, samples.num_classes, goal=config.goal, steps=config.steps, rng=rng
-                )
+        self.radius = self._natural_radius(model, public) if config.radius is None else config.radius
+
+    def _natural_radius(self, model: nn.Module, public: PublicImages | None) -> float:
+        suspect, count = frozen(model), 2 * self.config.images
+        if public is None:
+            images, labels = self._draw(count)
         else:
-            self.radius = config.radius
+            images = public.images[torch.randperm(len(public), generator=self.rng)[:count]]
+            labels = predict(suspect, images).argmax(1)
+        goal, steps = self.config.goal, self.config.steps
+        with fast(suspect) as run:
+            return natural_radius(run, images, labels, self.samples.num_classes, goal=goal, steps=steps, rng=self.rng)
 
     def search(self, model: nn.Module, targets: Tensor) -> _Found:
         """Fresh δ's for ``targets``, with their fooling rates on samples they were not searched on."""
