@@ -236,7 +236,8 @@ def test_public_images_are_stamped_with_the_suspects_labels(monkeypatch) -> None
     assert all(torch.equal(few, many[:4]) for few, many in zip(without, twice, strict=True))
     drawn = _PseudoLabelled(tiny_model(), PublicImages(samples(40).images), rng(2))
     images, labels = drawn.draw(30)
-    assert torch.equal(labels, tiny_model()(images).argmax(1)) and len(labels.unique()) > 1
+    assert torch.equal(labels, tiny_model()(images).argmax(1))
+    assert len(labels.unique()) > 1
 
 
 def test_forgetting_keeps_the_size_of_weights_and_the_scale_of_features() -> None:

@@ -5,7 +5,7 @@ import base64
 import pytest
 import torch
 from matplotlib.figure import Figure
-from tiny import noise
+from tiny import noise, tiny_model
 
 from smi.attacks import BadNets
 from smi.classifiers import build_classifier
@@ -15,6 +15,7 @@ from smi.explorers import (
     LatentExplorer,
     Picture,
     PixelExplorer,
+    ScoreExplorer,
     StabilityExplorer,
     TriggerExplorer,
     UniversalExplorer,
@@ -137,6 +138,30 @@ def test_class_names_are_shown(model, samples):
 def test_wrong_samples_are_refused(model):
     with pytest.raises(InputError, match="samples is a Tensor"):
         StabilityExplorer(model, torch.rand(3, 1, 32, 32))
+
+
+def test_two_scorings_agree_more_with_more_draws(samples):
+    model = tiny_model(size=32)  # one whose logits differ between images
+    explorer = ScoreExplorer(model, samples)
+    few = explorer.compute(sigma_x=0.1, sigma_w=0.1, k=1, family="gaussian")
+    many = explorer.compute(sigma_x=0.1, sigma_w=0.1, k=64, family="gaussian")
+    assert few.agreement < many.agreement <= 1
+    assert not torch.equal(many.first, many.second)
+    certain = model(samples.images).softmax(1).gather(1, samples.labels[:, None])[:, 0]
+    assert torch.allclose(many.certainty, certain, atol=1e-3)
+    other = explorer.compute(sigma_x=0.1, sigma_w=0.1, k=64, family="rank1")
+    assert not torch.equal(many.first, other.first)
+
+
+def test_scores_that_are_all_zero_have_no_order_and_are_drawn(model, samples):
+    explorer = ScoreExplorer(model, samples, limit=5)
+    assert len(explorer.samples) == 5
+    explorer.controls["sigma_x"].value = 0.0
+    explorer.controls["sigma_w"].value = 0.0
+    assert explorer.state["median"] == explorer.state["agreement"] == 0
+    assert explorer.status == ""
+    with pytest.raises(InputError, match="samples is a Tensor"):
+        ScoreExplorer(model, torch.rand(3, 1, 32, 32))
 
 
 def test_pictures_are_reproducible_and_described():

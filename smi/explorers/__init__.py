@@ -4,6 +4,7 @@ from smi.explorers.base import Explorer
 from smi.explorers.latent import LatentExplorer
 from smi.explorers.pictures import BLUE, VERMILLION, Picture, image_row
 from smi.explorers.pixels import PixelExplorer
+from smi.explorers.score import ScoreExplorer
 from smi.explorers.stability import StabilityExplorer
 from smi.explorers.trigger import TriggerExplorer
 from smi.explorers.universal import UniversalExplorer
@@ -15,6 +16,7 @@ __all__ = [
     "LatentExplorer",
     "Picture",
     "PixelExplorer",
+    "ScoreExplorer",
     "StabilityExplorer",
     "TriggerExplorer",
     "UniversalExplorer",
