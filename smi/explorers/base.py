@@ -20,22 +20,27 @@ from smi.explorers.pictures import Picture
 class Explorer:
     """Base of every explorer.
 
-    controls: widgets by name; each is observed, and its value handed to `compute` under that name. They should have
-    ``continuous_update=False``, and `compute` should take at most 0.3 s.
+    controls: widgets by name, whose values are handed to `compute` under these names. They should have
+    ``continuous_update=False``. button: what a button says, where `compute` takes more than about 0.3 s; the figure then
+    waits for it. Without one it follows the controls.
 
     widget: what a notebook shows, for putting it into a layout of one's own. Controls are ipywidgets and work from the
     keyboard: Tab moves between them, arrow keys change a slider.
     """
 
-    def __init__(self, controls: Mapping[str, W.Widget]) -> None:
+    def __init__(self, controls: Mapping[str, W.Widget], *, button: str = "") -> None:
         self.controls = dict(controls)
+        self.button = W.Button(description=button, layout=W.Layout(width="auto")) if button else None
         self.picture: Picture | None = None
         self._numbers: dict[str, Any] = {}
         self._view, self._status = W.HTML(), W.HTML()
-        self.widget = W.VBox([*self.controls.values(), self._status, self._view])
+        pressed = [] if self.button is None else [self.button]
+        self.widget = W.VBox([*self.controls.values(), *pressed, self._status, self._view])
         self._draw(self.values)
         for control in self.controls.values():
-            control.observe(self._on_change, names="value")
+            control.observe(self._on_change if self.button is None else self._on_wait, names="value")
+        if self.button is not None:
+            self.button.on_click(self._on_change)
 
     def compute(self, *args: Any, **values: Any) -> Any:
         """What there is to show, from the controls' values alone: the same values give the same result."""
@@ -68,6 +73,9 @@ class Explorer:
     def readout(self) -> str:
         """What is shown below the controls, as HTML: the figure and its caption."""
         return self._view.value
+
+    def _on_wait(self, change: object) -> None:
+        self._status.value = "<p>The figure below is of other settings. Press the button.</p>"
 
     def _on_change(self, change: object) -> None:
         try:
