@@ -5,7 +5,7 @@ import base64
 import pytest
 import torch
 from matplotlib.figure import Figure
-from tiny import noise, tiny_model
+from tiny import TinyPrior, noise, tiny_model
 
 from smi.attacks import BadNets
 from smi.classifiers import build_classifier
@@ -16,6 +16,7 @@ from smi.explorers import (
     Picture,
     PixelExplorer,
     ScoreExplorer,
+    StabiliseExplorer,
     StabilityExplorer,
     TriggerExplorer,
     UniversalExplorer,
@@ -162,6 +163,33 @@ def test_scores_that_are_all_zero_have_no_order_and_are_drawn(model, samples):
     assert explorer.status == ""
     with pytest.raises(InputError, match="samples is a Tensor"):
         ScoreExplorer(model, torch.rand(3, 1, 32, 32))
+
+
+@pytest.fixture(scope="module")
+def stabilising():
+    return StabiliseExplorer(tiny_model(), TinyPrior(), classes=3, steps=4)
+
+
+def test_a_search_with_a_button_waits_for_it(stabilising):
+    readout, state = stabilising.readout, stabilising.state
+    stabilising.controls["lambda_x"].value = 3.0
+    assert stabilising.readout == readout
+    assert "Press the button" in stabilising.status
+    stabilising.button.click()
+    assert stabilising.status == ""
+    assert stabilising.readout != readout
+    assert stabilising.state["with"] != state["with"]
+    assert stabilising.state["without"] == state["without"]
+
+
+def test_without_weight_both_searches_are_one_and_each_term_changes_the_second(stabilising):
+    none = {"label": 1, "lambda_x": 0.0, "epsilon": 1.0, "lambda_w": 0.0, "rho": 0.1}
+    found = stabilising.compute(**none)
+    assert torch.equal(found.without.images, found.with_terms.images)
+    for term in ("lambda_x", "lambda_w"):
+        changed = stabilising.compute(**(none | {term: 3.0}))
+        assert torch.equal(changed.without.images, found.without.images)
+        assert not torch.equal(changed.with_terms.images, found.with_terms.images)
 
 
 def test_pictures_are_reproducible_and_described():

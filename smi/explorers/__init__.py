@@ -5,6 +5,7 @@ from smi.explorers.latent import LatentExplorer
 from smi.explorers.pictures import BLUE, VERMILLION, Picture, image_row
 from smi.explorers.pixels import PixelExplorer
 from smi.explorers.score import ScoreExplorer
+from smi.explorers.stabilise import StabiliseExplorer
 from smi.explorers.stability import StabilityExplorer
 from smi.explorers.trigger import TriggerExplorer
 from smi.explorers.universal import UniversalExplorer
@@ -17,6 +18,7 @@ __all__ = [
     "Picture",
     "PixelExplorer",
     "ScoreExplorer",
+    "StabiliseExplorer",
     "StabilityExplorer",
     "TriggerExplorer",
     "UniversalExplorer",

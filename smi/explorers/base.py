@@ -21,8 +21,8 @@ class Explorer:
     """Base of every explorer.
 
     controls: widgets by name, whose values are handed to `compute` under these names. They should have
-    ``continuous_update=False``. button: what a button says, where `compute` takes more than about 0.3 s; the figure then
-    waits for it. Without one it follows the controls.
+    ``continuous_update=False``. button: what a button says, where `compute` takes more than about 0.3 s; the figure
+    then waits for it. Without one it follows the controls.
 
     widget: what a notebook shows, for putting it into a layout of one's own. Controls are ipywidgets and work from the
     keyboard: Tab moves between them, arrow keys change a slider.
