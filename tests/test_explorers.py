@@ -18,6 +18,7 @@ from smi.explorers import (
     ScoreExplorer,
     StabiliseExplorer,
     StabilityExplorer,
+    StudyExplorer,
     TriggerExplorer,
     UniversalExplorer,
     image_row,
@@ -190,6 +191,40 @@ def test_without_weight_both_searches_are_one_and_each_term_changes_the_second(s
         changed = stabilising.compute(**(none | {term: 3.0}))
         assert torch.equal(changed.without.images, found.without.images)
         assert not torch.equal(changed.with_terms.images, found.with_terms.images)
+
+
+@pytest.fixture
+def study():
+    base = {"domain": "d", "seed": 0, "n": 3, "acc_before": 1.0, "asr_before": 1.0, "seconds": 1.0}
+    names = ("attack", "source", "defense", "acc", "asr", "der")
+    values = [
+        ("a", "smi", "ibau", 0.9, 0.1, 0.9), ("b", "smi", "ibau", 0.8, 0.3, 0.7),
+        ("a", "clean", "ibau", 0.7, 0.0, 0.85), ("b", "clean", "ibau", 0.7, 0.6, 0.65),
+        ("a", "none", "clp", 0.5, 0.5, 0.5),
+    ]  # fmt: skip
+    return [base | dict(zip(names, value, strict=True)) for value in values]
+
+
+def test_a_study_is_shown_best_first_with_the_worst_of_each(study):
+    explorer = StudyExplorer(study, {"smi": "SMI"})
+    bars = explorer.compute(defense="ibau", attack="all attacks", rate="DER, both in one")
+    assert list(bars.mean) == ["smi", "clean"]
+    assert bars.mean == pytest.approx({"smi": 80.0, "clean": 75.0})
+    assert bars.worst == pytest.approx({"smi": 70.0, "clean": 65.0})
+    assert bars.cells == {"smi": 2, "clean": 2}
+    low = explorer.compute(defense="ibau", attack="a", rate="ASR, attack success (remove)")
+    assert list(low.mean) == ["clean", "smi"], "for attack success the lowest is the best"
+    assert "Best: SMI, 80.0 % over 2 removals" in explorer.readout
+
+
+def test_a_study_without_such_cells_says_so(study):
+    explorer = StudyExplorer(study)
+    explorer.controls["defense"].value = "clp"
+    explorer.controls["attack"].value = "b"
+    assert "No removal of this kind" in explorer.readout
+    assert explorer.status == ""
+    with pytest.raises(InputError, match="no rows"):
+        StudyExplorer([])
 
 
 def test_pictures_are_reproducible_and_described():

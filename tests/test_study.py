@@ -16,7 +16,7 @@ from smi.errors import InputError
 from smi.files import load_tensors
 from smi.study import Store, load_study, read_rows, run_study, stages, summarise
 from smi.study.plot import plot_rates
-from smi.study.results import as_csv, as_markdown, outcome
+from smi.study.results import as_csv, as_markdown, from_csv, outcome
 from smi.study.spec import shipped
 
 
@@ -164,6 +164,15 @@ def test_summary_gives_mean_and_worst():
     assert as_csv(rows()).splitlines()[0] == (
         "domain,attack,source,defense,seed,n,acc_before,asr_before,acc,asr,der,seconds"
     )
+
+
+def test_rows_come_back_from_their_csv_and_other_tables_are_refused():
+    assert from_csv(as_csv(rows())) == rows()
+    assert from_csv("") == []
+    with pytest.raises(InputError, match=r"Row 1 .*'domain'"):
+        from_csv("a,b\n1,2\n")
+    with pytest.raises(InputError, match=r"Row 2 .*'much'"):
+        from_csv(as_csv([rows()[0], rows()[1] | {"acc": "much"}]))
 
 
 def test_the_picture_shows_means_and_what_is_missing():

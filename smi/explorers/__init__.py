@@ -7,6 +7,7 @@ from smi.explorers.pixels import PixelExplorer
 from smi.explorers.score import ScoreExplorer
 from smi.explorers.stabilise import StabiliseExplorer
 from smi.explorers.stability import StabilityExplorer
+from smi.explorers.study import StudyExplorer
 from smi.explorers.trigger import TriggerExplorer
 from smi.explorers.universal import UniversalExplorer
 
@@ -20,6 +21,7 @@ __all__ = [
     "ScoreExplorer",
     "StabiliseExplorer",
     "StabilityExplorer",
+    "StudyExplorer",
     "TriggerExplorer",
     "UniversalExplorer",
     "image_row",

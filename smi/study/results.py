@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from smi.errors import InputError
 from smi.study.spec import Study
 from smi.study.stages import Store
 
@@ -64,6 +65,22 @@ def as_csv(rows: Iterable[Row], columns: Sequence[str] = COLUMNS) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+def from_csv(text: str) -> list[Row]:
+    """The rows that `as_csv` wrote: numbers as numbers. Raises `InputError` where a column is missing or no number."""
+    rows: list[Row] = []
+    for number, values in enumerate(csv.DictReader(io.StringIO(text)), 1):
+        try:
+            names = {name: values[name] for name in COLUMNS[:4]}
+            counts = {name: int(values[name]) for name in COLUMNS[4:6]}
+            rows.append(names | counts | {name: float(values[name]) for name in COLUMNS[6:]})
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"Row {number} is no row of a study ({type(error).__name__}: {error}). "
+                f"Needed are the columns {', '.join(COLUMNS)}, as `smi study table NAME --csv FILE` writes them."
+            ) from error
+    return rows
 
 
 def summarise(rows: Iterable[Row], by: Sequence[str] = ("attack", "source", "defense")) -> list[Row]:
