@@ -21,6 +21,7 @@ from smi.explorers import (
     StudyExplorer,
     TriggerExplorer,
     UniversalExplorer,
+    WorldExplorer,
     image_row,
 )
 from smi.explorers.latent import slerp
@@ -225,6 +226,19 @@ def test_a_study_without_such_cells_says_so(study):
     assert explorer.status == ""
     with pytest.raises(InputError, match="no rows"):
         StudyExplorer([])
+
+
+def test_the_world_says_excluded_only_where_it_is_true():
+    explorer = WorldExplorer()
+    assert explorer.state["excludes"] == 1
+    assert "excludes the trigger; the nearest image of the circle is 3 away" in explorer.readout
+    explorer.controls["trigger"].value = 1.0
+    assert explorer.state["excludes"] == 0
+    assert "nothing follows; and the circle does reach it" in explorer.readout
+    for trigger in (0.5, 2.0, 3.0, 5.0):
+        for radius in (0.5, 2.0):
+            verdict = explorer.compute(slack=0.8, radius=radius, trigger=trigger, eta=0.02)
+            assert not verdict.sides.excludes or verdict.closest > explorer.reach
 
 
 def test_pictures_are_reproducible_and_described():

@@ -10,6 +10,7 @@ from smi.explorers.stability import StabilityExplorer
 from smi.explorers.study import StudyExplorer
 from smi.explorers.trigger import TriggerExplorer
 from smi.explorers.universal import UniversalExplorer
+from smi.explorers.world import WorldExplorer
 
 __all__ = [
     "BLUE",
@@ -24,5 +25,6 @@ __all__ = [
     "StudyExplorer",
     "TriggerExplorer",
     "UniversalExplorer",
+    "WorldExplorer",
     "image_row",
 ]
