@@ -75,6 +75,36 @@ def demo(seed: int, out: Path | None) -> None:
     _wrote(paths)
 
 
+@cli.command(short_help="Open the notebooks in JupyterLab.")
+@click.option("--into", type=click.Path(path_type=Path), help="Work on a copy in this folder; files there stay.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8888, show_default=True, help="Or the next free one.")
+@click.option("--browser/--no-browser", default=True, help="Open a browser, or print the address only.")
+@click.argument("options", nargs=-1, type=click.UNPROCESSED)
+def lab(into: Path | None, port: int, browser: bool, options: tuple[str, ...]) -> None:
+    """Open the notebooks in JupyterLab, at the first one.
+
+    Works on the notebooks of a checkout; from an installed package, on a copy in ./smi-notebooks, where files that are
+    there already stay. Serves this machine only, with a token. Ctrl-C twice ends it. What stands after -- goes to
+    JupyterLab.
+
+    \b
+    Examples:
+      smi lab --into my-notebooks
+      smi lab --no-browser -- --allow-root
+    """
+    import subprocess
+
+    from smi.lab import lab_command, notebooks_folder
+
+    folder, copied = notebooks_folder(into)
+    if copied:
+        click.echo(f"copied {len(copied)} files to {folder}")
+    command = [*lab_command(folder, port=port, browser=browser), *options]
+    if os.name == "posix":  # JupyterLab takes this process over: signals reach it, and its exit code is ours
+        os.execv(command[0], command)
+    raise SystemExit(subprocess.run(command, check=False).returncode)
+
+
 @cli.command(short_help="Remove a backdoor from a saved model.")
 @click.argument("model")
 @click.option("--prior", "prior_name", required=True, help='"digits", or a file from smi fit-prior.')

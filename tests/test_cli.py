@@ -61,7 +61,7 @@ def test_help_has_an_example_and_the_common_options(command):
 
 
 def test_the_group_lists_every_command():
-    assert sorted(cli.commands) == sorted([*COMMANDS, "study"])  # a group of commands, see test_study.py
+    assert sorted(cli.commands) == sorted([*COMMANDS, "lab", "study"])  # those two: test_lab.py, test_study.py
 
 
 def test_defaults_agree_with_the_library():

@@ -133,6 +133,7 @@ def test_the_wheel_holds_the_code_and_its_data_and_nothing_else(built):
         if path.is_file()
     }
     assert expected <= names
+    assert {f"smi/assets/{path.relative_to(ROOT)}" for path in (ROOT / "notebooks").glob("*.ipynb")} <= names
     assert {name.split("/")[0] for name in names} == {
         "smi",
         "smi_kernels",
@@ -167,3 +168,8 @@ with torch.no_grad():
     (script,) = re.findall(r"^smi = (.+)$", next(site.glob("*.dist-info/entry_points.txt")).read_text(), re.MULTILINE)
     assert script == PROJECT["scripts"]["smi"]
     assert "Usage" in run(str(site / "bin" / "smi"), "--help", cwd=elsewhere, env=environment)
+    run(
+        sys.executable, "-c", "from smi.lab import notebooks_folder; notebooks_folder()", cwd=elsewhere, env=environment
+    )
+    own = {path.name for path in (elsewhere / "smi-notebooks").glob("*.ipynb")}
+    assert own == {path.name for path in (ROOT / "notebooks").glob("*.ipynb")}
