@@ -13,6 +13,7 @@ from smi.domains.base import PrivateSet, Samples
 from smi.errors import InputError
 from smi.explorers import (
     LatentExplorer,
+    NoiseExplorer,
     Picture,
     PixelExplorer,
     ScoreExplorer,
@@ -26,6 +27,7 @@ from smi.explorers import (
 )
 from smi.explorers.latent import slerp
 from smi.inversion.pixel import total_variation
+from smi_kernels.noise import PARAMETERS, draw, families
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -239,6 +241,19 @@ def test_the_world_says_excluded_only_where_it_is_true():
         for radius in (0.5, 2.0):
             verdict = explorer.compute(slack=0.8, radius=radius, trigger=trigger, eta=0.02)
             assert not verdict.sides.excludes or verdict.closest > explorer.reach
+
+
+def test_the_noise_shown_is_the_packages_and_counters_are_counted():
+    explorer = NoiseExplorer()
+    shown = explorer.compute(family="gaussian", k=3, tile=8)
+    assert torch.equal(shown.noise, draw(families["gaussian"], {0: (32, 32)}, seed=7, k=3, stream=PARAMETERS)[0])
+    assert (shown.rank, shown.counters) == (32, 8 * 8 // 4)
+    assert explorer.compute(family="rademacher", k=0, tile=4).counters == 1
+    stripes = explorer.compute(family="rank1", k=0, tile=8)
+    assert (stripes.rank, stripes.counters) == (1, None)
+    explorer.controls["family"].value = "flipout"
+    assert "the values of its 16 rows and 16 columns" in explorer.readout
+    assert explorer.status == ""
 
 
 def test_pictures_are_reproducible_and_described():

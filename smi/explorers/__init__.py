@@ -2,6 +2,7 @@
 
 from smi.explorers.base import Explorer
 from smi.explorers.latent import LatentExplorer
+from smi.explorers.noise import NoiseExplorer
 from smi.explorers.pictures import BLUE, VERMILLION, Picture, image_row
 from smi.explorers.pixels import PixelExplorer
 from smi.explorers.score import ScoreExplorer
@@ -17,6 +18,7 @@ __all__ = [
     "VERMILLION",
     "Explorer",
     "LatentExplorer",
+    "NoiseExplorer",
     "Picture",
     "PixelExplorer",
     "ScoreExplorer",
