@@ -188,7 +188,7 @@ class Learned(nn.Module):
 
 def test_robust_unlearns_what_fine_tuning_leaves() -> None:
     """The defining term: without stamped δ's (fine-tuning at the same schedule) the corner still decides."""
-    s, schedule = thirds(60), Schedule(rounds=20, batch_size=30, lr=0.1, weight_decay=0.0, distill=1.0)
+    s, schedule = thirds(210), Schedule(rounds=6, batch_size=21, lr=0.1, weight_decay=0.0, distill=1.0)
     patched = s.images[s.labels != 0].clone()
     patched[:, :, 7:, 7:] = 1.0
 
@@ -218,7 +218,7 @@ def test_the_radius_is_that_of_public_images_whatever_the_samples_are() -> None:
 
 
 def test_public_images_are_stamped_with_the_suspects_labels(monkeypatch) -> None:
-    s, public = samples(24), PublicImages(torch.ones(9, 1, 8, 8))
+    s, public = samples(80), PublicImages(torch.ones(9, 1, 8, 8))
     seen = []
 
     def keep(self, images: torch.Tensor) -> torch.Tensor:
@@ -230,14 +230,30 @@ def test_public_images_are_stamped_with_the_suspects_labels(monkeypatch) -> None
         Robust(schedule=Schedule(rounds=1, batch_size=8), radius=0.1, steps=1, public=share).solve(
             tiny_model(), s, public, 0
         )
-    without, twice = seen[:3], seen[3:]
-    assert [len(batch) for batch in without] == [4] * 3
-    assert [len(batch) for batch in twice] == [12] * 3
+    without, twice = seen[:10], seen[10:]
+    assert [len(batch) for batch in without] == [4] * 10
+    assert [len(batch) for batch in twice] == [12] * 10
     assert all(torch.equal(few, many[:4]) for few, many in zip(without, twice, strict=True))
     drawn = _PseudoLabelled(tiny_model(), PublicImages(samples(40).images), rng(2))
     images, labels = drawn.draw(30)
     assert torch.equal(labels, tiny_model()(images).argmax(1))
     assert len(labels.unique()) > 1
+
+
+@pytest.mark.parametrize(("solver", "steps"), [(Robust, 10), (Restarted, 3)])
+def test_few_samples_are_cut_into_as_many_steps_as_the_solver_needs(solver, steps, monkeypatch) -> None:
+    schedules = []
+
+    def keep(model, samples, schedule, *rest, **options):
+        schedules.append(schedule)
+        return model, []
+
+    monkeypatch.setattr("smi.defenses.ibau_robust.train_repair", keep)
+    for n in (120, 3000):
+        solver(schedule=Schedule(batch_size=100), radius=0.1, steps=1, images=2).solve(
+            tiny_model(), samples(n), None, 0
+        )
+    assert [schedule.batch_size for schedule in schedules] == [120 // steps, 100]
 
 
 def test_forgetting_keeps_the_size_of_weights_and_the_scale_of_features() -> None:

@@ -9,12 +9,13 @@ data, since little but what they show comes back.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from smi.checks import check_number
-from smi.defenses.base import Schedule
+from smi.defenses.base import LEAST_STEPS, Schedule
 from smi.defenses.ibau_robust import Hold, Robust
 from smi.defenses.restart import TrustedLabels, forget
 from smi.domains.base import PublicImages
@@ -35,6 +36,7 @@ class Restarted(Robust):
     forget: float = 0.8
 
     name = "restarted"
+    least_steps: ClassVar[int] = LEAST_STEPS
 
     def __post_init__(self) -> None:
         super().__post_init__()

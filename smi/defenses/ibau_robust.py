@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,8 @@ class Robust:
     renew: int = 1
 
     name = "robust"
+    least_steps: ClassVar[int] = 10
+    """Steps a round, at least: with few samples smaller batches, or the min-max ends before it has settled."""
 
     def __post_init__(self) -> None:
         check_number("goal", self.goal, low=0.01, high=1)
@@ -94,9 +96,9 @@ class Robust:
             return value + self._clean(run, hold, images[count:], labels[count:])
 
         start = self._start(model, samples.images, public, seed)
-        repaired, curve = train_repair(
-            start, samples, self.schedule, loss, seed=seed, before_round=adversary.before_round
-        )
+        fitting = max(2, len(samples) // self.least_steps)
+        schedule = replace(self.schedule, batch_size=min(self.schedule.batch_size, fitting))
+        repaired, curve = train_repair(start, samples, schedule, loss, seed=seed, before_round=adversary.before_round)
         after = adversary.search(repaired, torch.arange(samples.num_classes))
         log = {
             "loss": curve,
