@@ -1,4 +1,4 @@
-"""The README's table is the committed results, and its picture the notebook's."""
+"""The README's tables are the committed results, and its picture the notebook's."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from smi.sources import sources
+from smi.study import Store, load_study, read_rows, summarise
+from smi.study.results import Row, as_csv, from_csv
+
 ROOT = Path(__file__).parent.parent
 ROWS = {
     "none": "no defense",
@@ -15,6 +19,14 @@ ROWS = {
     "latent": "latent inversion, no stability | I-BAU, robust solver",
     "smi": "**SMI, no clean data** | I-BAU, robust solver",
     "clean": "clean samples (control) | I-BAU, robust solver",
+}
+
+REMOVALS = {
+    "ibau": "I-BAU",
+    "ibau_restarted": "I-BAU, restarted",
+    "ft": "fine-tuning",
+    "anp": "ANP",
+    "clp": "CLP",
 }
 
 
@@ -57,6 +69,28 @@ def test_the_committed_settings_are_the_current_defaults() -> None:
     assert {name: record[name] for name in current if name != "attack"} == {
         name: value for name, value in current.items() if name != "attack"
     }, "defaults changed since the README's runs: run them again"
+
+
+def study_table(rows: Sequence[Row]) -> str:
+    """Mean and worst over attacks and seeds by removal and source, in per cent: I-BAU best first, then the others."""
+    found = summarise(rows, ("defense", "source"))
+    found.sort(key=lambda row: (row["defense"] != "ibau", row["defense"], -row["der"]))
+    lines = ["| removal | samples | removals | ACC % | ASR % | DER % |", "|---|---|---|---|---|---|"]
+    for row in found:
+        rates = [f"{100 * row[name]:.1f} ({100 * row[f'worst_{name}']:.1f})" for name in ("acc", "asr", "der")]
+        label = "none" if row["source"] == "none" else sources[row["source"]].label
+        lines.append("| " + " | ".join([REMOVALS[row["defense"]], label, str(row["cells"]), *rates]) + " |")
+    return "\n".join(lines)
+
+
+def test_the_study_is_the_committed_cells_and_the_readmes_table_is_the_study() -> None:
+    kept = (ROOT / "notebooks/results/digits.csv").read_text()
+    store = Store(ROOT / "notebooks/results/digits", ROOT / "no cache")
+    assert as_csv(read_rows(load_study("digits"), store)) == kept, (
+        "run `smi study table digits --out notebooks/results/digits --csv notebooks/results/digits.csv --force`"
+    )
+    made = study_table(from_csv(kept))
+    assert made in (ROOT / "README.md").read_text(), f"the README's table should be:\n{made}"
 
 
 def test_the_picture_is_the_notebooks() -> None:
