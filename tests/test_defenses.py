@@ -217,6 +217,22 @@ def test_the_radius_is_that_of_public_images_whatever_the_samples_are() -> None:
     assert radius(thirds(60), PublicImages(faint.images)) == pytest.approx(radius(faint, None), rel=0.35)
 
 
+def test_what_is_unlearned_reaches_beyond_the_natural_radius_and_what_is_shown_does_not(monkeypatch) -> None:
+    lengths = []
+
+    def keep(self, images: torch.Tensor) -> torch.Tensor:
+        lengths.append(self.delta.flatten(1).norm(dim=1).max().item())
+        return images
+
+    monkeypatch.setattr(_Adversary, "stamp", keep)
+    _, log, shown = Robust(schedule=QUICK, reach=2.5).solve(Learned(), thirds(60), None, 0)
+    assert shown.flatten(1).norm(dim=1).max() <= log["radius"] * 1.0001
+    assert max(lengths) == pytest.approx(2.5 * log["radius"], rel=0.05)
+    lengths.clear()
+    Robust(schedule=QUICK, reach=2.5, radius=0.7).solve(Learned(), thirds(60), None, 0)
+    assert max(lengths) == pytest.approx(0.7, rel=0.05)
+
+
 def test_public_images_are_stamped_with_the_suspects_labels(monkeypatch) -> None:
     s, public = samples(80), PublicImages(torch.ones(9, 1, 8, 8))
     seen = []
@@ -380,6 +396,7 @@ def test_schedule_warms_up_and_decays_to_zero() -> None:
         {"steps": 0},
         {"goal": 2.0},
         {"radius": -1.0},
+        {"reach": 0.0},
         {"images": 1.5},
     ],
 )

@@ -31,6 +31,7 @@ class Restarted(Robust):
     """
 
     schedule: Schedule = field(default_factory=lambda: Schedule(rounds=100, lr=3e-3, distill=40.0))
+    reach: float = 1.0
     begin: float = 0.2
     renew: int = 3
     forget: float = 0.8

@@ -5,9 +5,10 @@
 What differs from the published solver, and why: the inner maximum is searched afresh each round, from noise, towards
 every class and away from all (a single untargeted δ misses the trigger on half of the seeds); all the δ's are stamped,
 each as often as it still fools (the worst one alone makes the model oscillate), spread out or concentrated on a few
-pixels (a patch comes out of an L2 search with noise around it); C comes from public images (`natural_radius`), because
-a few hundred samples chosen for stability are hard to fool and would ask for δ's so strong that unlearning them wrecks
-the model; as many public images are stamped, with the suspect's labels; clean behaviour is held by distillation on
+pixels (a patch comes out of an L2 search with noise around it); C comes from public images, because samples chosen for
+stability are hard to fool and would ask for another C each time, and is a multiple of their `natural_radius`, because
+a δ no stronger than needed stays weaker than the trigger (on one model without BatchNorm unlearning such δ's left most
+of a patch); as many public images are stamped, with the suspect's labels; clean behaviour is held by distillation on
 unstamped samples and public images, so that accuracy costs little; and the outer gradient is first-order: δ is found
 afresh, so that nothing implicit is left to follow. For what no δ resembles there is `smi/defenses/ibau_restarted.py`.
 """
@@ -41,15 +42,17 @@ Hold = Callable[[Runner, Tensor, Tensor], Tensor]
 class Robust:
     """The robust solver.
 
-    goal: share that fixes the radius, see `natural_radius`. radius: C in [0, 1] pixels; None for that rule, on public
-    images, or on the samples where there are none. stamped: share of each batch that carries a δ. public: public images
-    stamped for each stamped sample. steps: ascent steps for a δ. images: samples that a δ is searched on. targets: δ's
-    renewed at a time; with more classes than that, those that fooled most when last tried. begin: share of the rounds,
-    in [0, 1], before δ's are stamped. renew: rounds from one search for δ's to the next.
+    goal: share that fixes the `natural_radius`, of public images, or of the samples where there are none. reach: C as a
+    multiple of it. radius: C itself, L2 norm of pixels in [0, 1], instead of that rule. stamped: share of each batch
+    that carries a δ. public: public images stamped for each stamped sample. steps: ascent steps for a δ. images:
+    samples that a δ is searched on. targets: δ's renewed at a time; with more classes than that, those that fooled most
+    when last tried. begin: share of the rounds, in [0, 1], before δ's are stamped. renew: rounds from one search for
+    δ's to the next.
     """
 
-    schedule: Schedule = field(default_factory=lambda: Schedule(rounds=12, lr=3e-3, batch_size=30, distill=40.0))
+    schedule: Schedule = field(default_factory=lambda: Schedule(rounds=12, lr=3e-3, batch_size=30, distill=80.0))
     goal: float = 0.5
+    reach: float = 3.0
     radius: float | None = None
     stamped: float = 0.5
     public: float = 1.0
@@ -65,6 +68,7 @@ class Robust:
 
     def __post_init__(self) -> None:
         check_number("goal", self.goal, low=0.01, high=1)
+        check_number("reach", self.reach, low=0.01)
         check_number("stamped", self.stamped, low=0.01, high=0.99)
         check_number("public", self.public, low=0)
         check_number("steps", self.steps, low=1, integer=True)
@@ -78,9 +82,14 @@ class Robust:
     def solve(
         self, model: nn.Module, samples: Samples, public: PublicImages | None, seed: int
     ) -> tuple[nn.Module, dict[str, Any], Tensor]:
-        """Repaired model, log, and the universal δ per class on the suspect model ``[classes, C, H, W]``."""
+        """Repaired model, log, and the universal δ per class on the suspect model ``[classes, C, H, W]``.
+
+        That δ, and the log's radius and fooling rates before and after, are at the natural radius, where a class that
+        is easy to reach stands out. What is unlearned is longer, see ``reach``.
+        """
         adversary = _Adversary(self, model, samples, public, stream(seed, "inner"))
-        first = adversary.search(model, torch.arange(samples.num_classes))
+        classes = torch.arange(samples.num_classes)
+        first = adversary.search(model, classes, adversary.natural)
         hold = self._hold(model, public, seed)
         more = _PseudoLabelled(model, public, stream(seed, "public")) if public is not None and self.public else None
 
@@ -99,11 +108,11 @@ class Robust:
         fitting = max(2, len(samples) // self.least_steps)
         schedule = replace(self.schedule, batch_size=min(self.schedule.batch_size, fitting))
         repaired, curve = train_repair(start, samples, schedule, loss, seed=seed, before_round=adversary.before_round)
-        after = adversary.search(repaired, torch.arange(samples.num_classes))
+        after = adversary.search(repaired, classes, adversary.natural)
         log = {
             "loss": curve,
             "fooling": adversary.curve,
-            "radius": adversary.radius,
+            "radius": adversary.natural,
             "fooling_before": first.rates.tolist(),
             "fooling_after": after.rates.tolist(),
         }
@@ -155,7 +164,8 @@ class _Adversary:
         self.curve: list[float] = []
         self.first = round(config.begin * config.schedule.rounds)
         self.awake = False  # from round ``first`` on
-        self.radius = self._natural_radius(model, public) if config.radius is None else config.radius
+        self.natural = self._natural_radius(model, public) if config.radius is None else config.radius
+        self.radius = self.natural * config.reach if config.radius is None else config.radius
 
     def _natural_radius(self, model: nn.Module, public: PublicImages | None) -> float:
         suspect, count = frozen(model), 2 * self.config.images
@@ -168,13 +178,13 @@ class _Adversary:
         with fast(suspect) as run:
             return natural_radius(run, images, labels, self.samples.num_classes, goal=goal, steps=steps, rng=self.rng)
 
-    def search(self, model: nn.Module, targets: Tensor) -> _Found:
-        """Fresh δ's for ``targets``, with their fooling rates on samples they were not searched on."""
+    def search(self, model: nn.Module, targets: Tensor, radius: float) -> _Found:
+        """Fresh δ's of norm ``radius`` at most, with their fooling rates on samples they were not searched on."""
         images, labels = self._draw(2 * self.config.images)
         half = len(images) // 2 or 1
         with fast(frozen(model)) as run:
             delta = universal(
-                run, images[:half], labels[:half], targets, radius=self.radius, steps=self.config.steps, rng=self.rng
+                run, images[:half], labels[:half], targets, radius=radius, steps=self.config.steps, rng=self.rng
             )
             return _Found(delta, fooling_rate(run, images[half:], labels[half:], targets, delta))
 
@@ -185,7 +195,7 @@ class _Adversary:
             return
         tie = torch.rand(len(self.rates), generator=self.rng) * 1e-3
         chosen = (self.rates + tie).argsort(descending=True)[: self.config.targets]
-        found = self.search(model, self.classes[chosen])
+        found = self.search(model, self.classes[chosen], self.radius)
         self.delta[chosen], self.rates[chosen] = found.delta, found.rates
         self.curve.append(found.rates.max().item())
 

@@ -20,16 +20,21 @@ from smi.explorers.pictures import Picture
 class Explorer:
     """Base of every explorer.
 
-    controls: widgets by name, whose values are handed to `compute` under these names. They should have
-    ``continuous_update=False``. button: what a button says, where `compute` takes more than about 0.3 s; the figure
-    then waits for it. Without one it follows the controls.
+    controls: widgets by name, whose values are handed to `compute` under these names; sliders, for choices too:
+    JupyterLab takes the arrow keys from dropdowns and radio buttons and moves to another cell.
+    button: what a button says, where `compute` takes more than about 0.3 s; the figure then waits for it. Without one
+    it follows the controls.
 
-    widget: what a notebook shows, for putting it into a layout of one's own. Controls are ipywidgets and work from the
-    keyboard: Tab moves between them, arrow keys change a slider.
+    widget: what a notebook shows, for putting it into a layout of one's own. Tab moves between the controls,
+    arrow keys change one, Enter presses the button.
     """
 
     def __init__(self, controls: Mapping[str, W.Widget], *, button: str = "") -> None:
         self.controls = dict(controls)
+        for control in self.controls.values():
+            control.continuous_update = False  # one computation a move, not one a pixel
+            control.style.description_width = "9em"
+            control.layout.width = "36em"
         self.button = W.Button(description=button, layout=W.Layout(width="auto")) if button else None
         self.picture: Picture | None = None
         self._numbers: dict[str, Any] = {}
@@ -81,10 +86,8 @@ class Explorer:
         try:
             self._draw(self.values)
         except Exception as error:  # whatever it is, the reader must see it and be able to go on
-            self._status.value = (
-                f'<p role="alert" style="color:#B00020"><b>Not updated:</b> {html.escape(str(error))} '
-                "The figure below is the last good one.</p>"
-            )
+            why = f"<b>Not updated:</b> {html.escape(str(error))} The figure below is the last good one."
+            self._status.value = f'<p role="alert" style="color:var(--jp-error-color1, #B00020)">{why}</p>'
 
     def _draw(self, values: Mapping[str, Any]) -> None:
         result = self.compute(**values)

@@ -45,12 +45,11 @@ class LatentExplorer(Explorer):
         self.prior, self.model = prior, frozen(model)
         self.latents = sample_latents(prior, count, stream(seed, "walk"))
         self.crowd = sample_latents(prior, CROWD, stream(seed, "crowd"))
-        slider = {"continuous_update": False, "style": {"description_width": "9em"}}
         super().__init__(
             {
-                "start": W.IntSlider(0, min=0, max=count - 1, description="From latent", **slider),
-                "end": W.IntSlider(1, min=0, max=count - 1, description="To latent", **slider),
-                "truncation": W.FloatSlider(1.0, min=0, max=3, step=0.25, description="Truncation τ", **slider),
+                "start": W.IntSlider(0, min=0, max=count - 1, description="From latent"),
+                "end": W.IntSlider(1, min=0, max=count - 1, description="To latent"),
+                "truncation": W.FloatSlider(1.0, min=0, max=3, step=0.25, description="Truncation τ"),
             }
         )
 

@@ -37,14 +37,11 @@ class NoiseExplorer(Explorer):
     """The noise of a draw for a weight matrix of 32 × 32, cut into the tiles that a kernel works on."""
 
     def __init__(self) -> None:
-        style = {"description_width": "9em"}
         super().__init__(
             {
-                "family": W.Dropdown(options=sorted(families), value="gaussian", description="Family", style=style),
-                "k": W.IntSlider(0, min=0, max=7, description="Draw k", continuous_update=False, style=style),
-                "tile": W.SelectionSlider(
-                    options=[4, 8, 16, 32], value=16, description="Tile", continuous_update=False, style=style
-                ),
+                "family": W.SelectionSlider(options=sorted(families), value="gaussian", description="Family"),
+                "k": W.IntSlider(0, min=0, max=7, description="Draw k"),
+                "tile": W.SelectionSlider(options=[4, 8, 16, 32], value=16, description="Tile"),
             }
         )
 

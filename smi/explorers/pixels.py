@@ -40,14 +40,12 @@ class PixelExplorer(Explorer):
 
     def __init__(self, model: nn.Module, judge: nn.Module, prior: Prior, *, classes: int = 10, seed: int = 0) -> None:
         self.model, self.judge, self.prior, self.seed = frozen(model), judge.eval(), prior, seed
-        style = {"description_width": "9em"}
-        slider = {"continuous_update": False, "style": style}
         weights = [(f"{weight:g}", weight) for weight in (0.0, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)]
         super().__init__(
             {
-                "label": W.Dropdown(options=list(range(classes)), description="Class", style=style),
-                "smooth": W.SelectionSlider(options=weights, value=3.0, description="TV weight λ", **slider),
-                "steps": W.IntSlider(30, min=0, max=40, step=5, description="Steps", **slider),
+                "label": W.IntSlider(0, min=0, max=classes - 1, description="Class"),
+                "smooth": W.SelectionSlider(options=weights, value=3.0, description="TV weight λ"),
+                "steps": W.IntSlider(30, min=0, max=40, step=5, description="Steps"),
             }
         )
 

@@ -49,16 +49,13 @@ class ScoreExplorer(Explorer):
         self.samples = samples.select(torch.linspace(0, len(samples) - 1, count).round().long())
         certain = predict(self.model, self.samples.images).softmax(1)
         self.certainty = certain.gather(1, self.samples.labels[:, None])[:, 0]
-        style = {"continuous_update": False, "style": {"description_width": "9em"}}
-        slider = style | {"min": 0, "max": 0.3, "step": 0.01, "readout_format": ".2f"}
+        slider = {"min": 0, "max": 0.3, "step": 0.01, "readout_format": ".2f"}
         super().__init__(
             {
                 "sigma_x": W.FloatSlider(0.03, description="Noise on pixels σ_x", **slider),
                 "sigma_w": W.FloatSlider(0.05, description="on weights σ_w", **slider),
-                "k": W.SelectionSlider(options=[1, 2, 4, 8, 16], value=4, description="Draws K", **style),
-                "family": W.Dropdown(
-                    options=sorted(families), value="gaussian", description="Noise family", style=style["style"]
-                ),
+                "k": W.SelectionSlider(options=[1, 2, 4, 8, 16], value=4, description="Draws K"),
+                "family": W.SelectionSlider(options=sorted(families), value="gaussian", description="Noise family"),
             }
         )
 

@@ -49,17 +49,13 @@ class StabiliseExplorer(Explorer):
     def __init__(self, model: nn.Module, prior: Prior, *, classes: int = 10, steps: int = 30, seed: int = 0) -> None:
         check_prior(prior)
         self.model, self.prior, self.steps, self.seed = frozen(model), prior, steps, seed
-        style = {"description_width": "9em"}
 
         def choose(name: str, values: tuple[float, ...], value: float) -> W.Widget:
-            options = [(f"{v:g}", v) for v in values]
-            return W.SelectionSlider(
-                options=options, value=value, description=name, continuous_update=False, style=style
-            )
+            return W.SelectionSlider(options=[(f"{v:g}", v) for v in values], value=value, description=name)
 
         super().__init__(
             {
-                "label": W.Dropdown(options=list(range(classes)), value=classes - 1, description="Class", style=style),
+                "label": W.IntSlider(classes - 1, min=0, max=classes - 1, description="Class"),
                 "lambda_x": choose("Weight λ_x", (0.0, 0.1, 0.3, 1.0, 3.0, 10.0), 0.3),
                 "epsilon": choose("Radius ε, L2 norm", (0.5, 1.0, 2.0, 4.0, 8.0), 1.0),
                 "lambda_w": choose("Weight λ_w", (0.0, 0.1, 0.3, 1.0, 3.0, 10.0), 0.3),

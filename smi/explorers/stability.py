@@ -40,23 +40,15 @@ class StabilityExplorer(Explorer):
             raise InputError(f"samples is a {type(samples).__name__}. Allowed: Samples, as smi.invert makes them.")
         self.model, self.samples, self.limit = model.eval(), samples, limit
         present = samples.labels.unique().tolist()
-        slider = {"continuous_update": False, "readout_format": ".2f", "style": {"description_width": "9em"}}
+        slider = {"min": 0, "max": 0.3, "step": 0.01, "readout_format": ".2f"}
         super().__init__(
             {
-                "label": W.Dropdown(
-                    options=[(names[c] if names else str(c), c) for c in present],
-                    description="Class",
-                    style=slider["style"],
+                "label": W.SelectionSlider(
+                    options=[(names[c] if names else str(c), c) for c in present], description="Class"
                 ),
-                "sigma_x": W.FloatSlider(0.03, min=0, max=0.3, step=0.01, description="Noise on pixels σ_x", **slider),
-                "sigma_w": W.FloatSlider(0.05, min=0, max=0.3, step=0.01, description="on weights σ_w", **slider),
-                "k": W.SelectionSlider(
-                    options=[1, 2, 4, 8, 16],
-                    value=16,
-                    description="Draws K",
-                    continuous_update=False,
-                    style=slider["style"],
-                ),
+                "sigma_x": W.FloatSlider(0.03, description="Noise on pixels σ_x", **slider),
+                "sigma_w": W.FloatSlider(0.05, description="on weights σ_w", **slider),
+                "k": W.SelectionSlider(options=[1, 2, 4, 8, 16], value=16, description="Draws K"),
             }
         )
 

@@ -42,13 +42,12 @@ class StudyExplorer(Explorer):
         if not rows:
             raise InputError("The study has no rows: there is nothing to show. Run some of its cells first.")
         self.rows, self.names, self.highlight = list(rows), dict(names or {}), highlight
-        style = {"description_width": "9em"}
         attacks, defenses = (list(dict.fromkeys(row[name] for row in rows)) for name in ("attack", "defense"))
         super().__init__(
             {
-                "defense": W.Dropdown(options=defenses, description="Removal", style=style),
-                "attack": W.Dropdown(options=[ALL, *attacks], description="Attack", style=style),
-                "rate": W.Dropdown(options=list(RATES), value=list(RATES)[-1], description="Rate", style=style),
+                "defense": W.SelectionSlider(options=defenses, description="Removal"),
+                "attack": W.SelectionSlider(options=[ALL, *attacks], description="Attack"),
+                "rate": W.SelectionSlider(options=list(RATES), value=list(RATES)[-1], description="Rate"),
             }
         )
 

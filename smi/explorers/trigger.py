@@ -49,20 +49,15 @@ class TriggerExplorer(Explorer):
         self.images, labels = test.images[others][:MEASURED], test.labels[others][:MEASURED]
         first = [int((labels == c).nonzero()[0]) for c in labels.unique().tolist()]
         self.shown = self.images[first[:SHOWN]]
-        style = {"description_width": "9em"}
-        slider = {"continuous_update": False, "style": style}
         super().__init__(
             {
-                "trigger": W.Dropdown(
-                    options=[("badnets: a white square", "badnets"), ("blended: a picture mixed in", "blended")],
+                "trigger": W.SelectionSlider(
+                    options=[("badnets: square", "badnets"), ("blended: picture", "blended")],
                     description="Trigger",
-                    style=style,
                 ),
-                "size": W.IntSlider(4, min=1, max=10, description="Side, pixels", **slider),
-                "opacity": W.FloatSlider(1.0, min=0, max=1, step=0.05, description="Opacity, 0 to 1", **slider),
-                "rate": W.FloatSlider(
-                    0.1, min=0, max=0.2, step=0.005, readout_format=".1%", description="Poison rate", **slider
-                ),
+                "size": W.IntSlider(4, min=1, max=10, description="Side, pixels"),
+                "opacity": W.FloatSlider(1.0, min=0, max=1, step=0.05, description="Opacity, 0 to 1"),
+                "rate": W.FloatSlider(0.1, min=0, max=0.2, step=0.005, readout_format=".1%", description="Poison rate"),
             }
         )
 

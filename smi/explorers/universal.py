@@ -52,14 +52,12 @@ class UniversalExplorer(Explorer):
         order = torch.randperm(len(samples), generator=stream(seed, "explore"))
         count = min(SEARCHED, len(samples) // 2)
         self.searched, self.held = order[:count], order[count:]
-        style = {"description_width": "9em"}
-        slider = {"continuous_update": False, "style": style}
         super().__init__(
             {
-                "model": W.Dropdown(options=list(models), description="Model", style=style),
-                "label": W.Dropdown(options=list(range(samples.num_classes)), description="Towards class", style=style),
-                "radius": W.FloatSlider(1.0, min=0.25, max=6, step=0.25, description="Radius C, L2 norm", **slider),
-                "steps": W.IntSlider(8, min=1, max=12, description="Ascent steps", **slider),
+                "model": W.SelectionSlider(options=list(models), description="Model"),
+                "label": W.IntSlider(0, min=0, max=samples.num_classes - 1, description="Towards class"),
+                "radius": W.FloatSlider(1.0, min=0.25, max=6, step=0.25, description="Radius C, L2 norm"),
+                "steps": W.IntSlider(8, min=1, max=12, description="Ascent steps"),
             }
         )
 

@@ -40,7 +40,7 @@ class WorldExplorer(Explorer):
 
     def __init__(self, *, reach: float = 0.1) -> None:
         self.reach = reach
-        slider = {"continuous_update": False, "readout_format": ".2f", "style": {"description_width": "9em"}}
+        slider = {"readout_format": ".2f"}
         super().__init__(
             {
                 "slack": W.FloatSlider(1.0, min=0.1, max=2.5, step=0.1, description="Slack s", **slider),

@@ -1,0 +1,197 @@
+"""Every notebook with an explorer in JupyterLab and a real browser: it runs, and an explorer answers the keyboard."""
+
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import nbformat
+import pytest
+
+pytestmark = pytest.mark.browser
+
+ROOT = Path(__file__).resolve().parents[1]
+SCREENSHOTS = ROOT / "build" / "screenshots"  # kept after the run, for people to look at
+# Chromium's own calls home only fail on a machine without a network, many at a time.
+QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]  # fmt: skip
+READY = """async () => {
+    await window.jupyterapp.restored;
+    const panel = window.jupyterapp.shell.currentWidget;
+    await panel.context.ready;
+    await panel.sessionContext.ready;
+    await panel.sessionContext.session.kernel.info;
+}"""
+RUN = """() => {
+    window.ran = window.jupyterapp.commands.execute('notebook:run-all-cells').then(() => { window.ran = 'done'; });
+}"""
+# Cells far from what is seen are not in the page; their outputs are in the model.
+ERRORS = """() => Array.from(window.jupyterapp.shell.currentWidget.content.widgets).flatMap((cell, index) =>
+    (cell.model.type === 'code' ? cell.model.outputs.toJSON() : []).filter(
+        output => output.output_type === 'error').map(output => `cell ${index}: ${output.ename}: ${output.evalue}`))"""
+SHOW = """async (index) => {
+    const notebook = window.jupyterapp.shell.currentWidget.content;
+    notebook.activeCellIndex = index;
+    await notebook.scrollToItem(index, 'start');
+}"""
+
+
+def explorer_cell(path):
+    """Where a notebook shows its explorer; None where it has none."""
+    for index, cell in enumerate(nbformat.read(path, as_version=4).cells):
+        if cell.cell_type == "code" and re.search(r"^explorer = \w+Explorer\(", cell.source, re.MULTILINE):
+            return index
+    return None
+
+
+CELLS = {path: explorer_cell(path) for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
+WITH_EXPLORER = [path for path, cell in CELLS.items() if cell is not None]
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        why = "there is no Chromium on the path; on Debian: apt-get install chromium"
+        (pytest.fail if os.environ.get("SMI_BROWSER") == "required" else pytest.skip)(why)
+    return found
+
+
+@pytest.fixture(scope="module")
+def browser(chromium):
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=chromium, args=QUIET)
+        yield started
+        started.close()
+
+
+@pytest.fixture(scope="module")
+def lab(chromium, tmp_path_factory):
+    """The address of a JupyterLab of its own, on a copy of the notebooks, and its token."""
+    home, token = tmp_path_factory.mktemp("lab"), secrets.token_hex(16)
+    shutil.copytree(ROOT / "notebooks", home / "work" / "notebooks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folders = ("HOME", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")
+    command = [
+        sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1",
+        f"--ServerApp.port={port}", f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={home / 'work'}",
+        f"--LabApp.workspaces_dir={home / 'workspaces'}", "--LabApp.expose_app_in_browser=True",
+    ]  # fmt: skip
+    address = f"http://127.0.0.1:{port}"
+    with (home / "log").open("w") as log:
+        # A group of its own, so that its kernels end with it.
+        server = subprocess.Popen(
+            command,
+            cwd=home,
+            env=os.environ | {name: str(home / name.lower()) for name in folders},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                urllib.request.urlopen(f"{address}/api/status?token={token}", timeout=10).close()
+                break
+            except urllib.error.URLError:
+                if server.poll() is not None or time.monotonic() > deadline:
+                    pytest.fail((home / "log").read_text())
+                time.sleep(0.2)
+        yield address, token
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+class Desk:
+    """Notebooks that run in tabs, the next one while the tests look at one: most of a notebook uses one core."""
+
+    def __init__(self, browser, lab, order):
+        self.browser, (self.address, self.token), self.order = browser, lab, order
+        self.tabs = {}
+
+    def begin(self, path):
+        if path in self.tabs:
+            return
+        page = self.tabs[path] = self.browser.new_page(viewport={"width": 1280, "height": 1000})
+        page.set_default_timeout(60_000)
+        page.goto(f"{self.address}/lab/tree/notebooks/{path.name}?reset&token={self.token}")
+        page.wait_for_function("() => window.jupyterapp?.shell.currentWidget?.context", timeout=120_000)
+        page.evaluate(READY)
+        page.evaluate(RUN)
+
+    def finished(self, path):
+        """The tab of a notebook when all of it has run; fails with what its cells raised."""
+        self.begin(path)
+        for following in self.order[self.order.index(path) + 1 :][:1]:
+            self.begin(following)
+        page = self.tabs[path]
+        page.wait_for_function("() => window.ran === 'done'", timeout=300_000, polling=250)
+        assert page.evaluate(ERRORS) == []
+        return page
+
+    def clear(self, path):
+        """Close the tab and end the kernel."""
+        page = self.tabs.pop(path)
+        page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
+        page.close()
+
+
+@pytest.fixture(scope="module")
+def desk(browser, lab, request):
+    order = [item.callspec.params["path"] for item in request.session.items if item.path == request.path
+             and hasattr(item, "callspec")]  # fmt: skip
+    return Desk(browser, lab, order)
+
+
+def move_by_keyboard(view):
+    """Change the first control, and press the button where the figure waits for one."""
+    slider, button = view.locator(".noUi-handle").first, view.locator("button")
+    before = slider.get_attribute("aria-valuetext")
+    slider.focus()
+    at_end = slider.get_attribute("aria-valuenow") == slider.get_attribute("aria-valuemax")
+    slider.press("ArrowLeft" if at_end else "ArrowRight")
+    assert slider.get_attribute("aria-valuetext") != before
+    if button.count():
+        button.first.focus()
+        button.first.press("Enter")
+
+
+@pytest.mark.parametrize("path", WITH_EXPLORER, ids=lambda path: path.stem)
+def test_an_explorer_answers_the_keyboard(desk, path):
+    page = desk.finished(path)
+    page.evaluate(SHOW, CELLS[path])
+    view = page.locator(".jp-OutputArea-output .widget-vbox").first
+    readout, picture = view.locator("figcaption"), view.locator("figure img")
+    picture.wait_for()
+    text, source = readout.inner_text(), picture.get_attribute("src")
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=SCREENSHOTS / f"{path.stem}.png")
+    assert not view.locator("select, input[type=radio]").count(), "JupyterLab takes their arrow keys"
+    move_by_keyboard(view)
+    page.wait_for_function(
+        "([view, text, source]) => view.querySelector('figcaption').innerText !== text "
+        "&& view.querySelector('figure img').src !== source",
+        arg=[view.element_handle(), text, source],
+    )
+    page.screenshot(path=SCREENSHOTS / f"{path.stem}_moved.png")
+    assert not view.locator("[role=alert]").count()
+    assert picture.get_attribute("alt")
+    desk.clear(path)
+
+
+def test_there_are_explorers():
+    assert len(WITH_EXPLORER) >= 10
