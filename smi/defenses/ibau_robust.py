@@ -7,8 +7,8 @@ every class and away from all (a single untargeted δ misses the trigger on half
 each as often as it still fools (the worst one alone makes the model oscillate), spread out or concentrated on a few
 pixels (a patch comes out of an L2 search with noise around it); C comes from public images, because samples chosen for
 stability are hard to fool and would ask for another C each time, and is a multiple of their `natural_radius`, because
-a δ no stronger than needed stays weaker than the trigger (on one model without BatchNorm unlearning such δ's left most
-of a patch); as many public images are stamped, with the suspect's labels; clean behaviour is held by distillation on
+a δ no stronger than needed stays weaker than the trigger (on one plain CNN unlearning such δ's left two thirds of
+a patch); as many public images are stamped, with the suspect's labels; clean behaviour is held by distillation on
 unstamped samples and public images, so that accuracy costs little; and the outer gradient is first-order: δ is found
 afresh, so that nothing implicit is left to follow. For what no δ resembles there is `smi/defenses/ibau_restarted.py`.
 """

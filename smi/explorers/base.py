@@ -92,9 +92,15 @@ class Explorer:
     def _draw(self, values: Mapping[str, Any]) -> None:
         result = self.compute(**values)
         alt, caption, numbers = self.describe(result)
-        picture = Picture(self.figure(result), alt)
+        figure = self.figure(result)
+        figure.suptitle(self._settings(), fontsize=8, color="#555555")  # a static page has the picture alone
+        picture = Picture(figure, alt)
         self.picture, self._numbers = picture, numbers
         self._view.value, self._status.value = picture.html(caption), ""
+
+    def _settings(self) -> str:
+        shown = {c.description: c.label if hasattr(c, "label") else f"{c.value:g}" for c in self.controls.values()}
+        return "   ".join(f"{name}: {value}" for name, value in shown.items())
 
     def __repr__(self) -> str:
         values = ", ".join(f"{name}={_rounded(value)!r}" for name, value in self.values.items())

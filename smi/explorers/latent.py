@@ -66,7 +66,9 @@ class LatentExplorer(Explorer):
         """The images in a row, with the answers below."""
         figure = Figure(figsize=(9, 1.7), layout="constrained")
         labels = [f'"{a}" {100 * s:.0f} %' for a, s in zip(result.answers, result.sure, strict=True)]
-        image_row(figure.subplots(), result.images, labels, [BLUE] * len(labels))
+        axes = figure.subplots()
+        image_row(axes, result.images, labels, [BLUE] * len(labels))
+        axes.set_title("the model's answer to each, and its probability", fontsize=10)
         return figure
 
     def describe(self, result: Walk) -> tuple[str, str, dict[str, Any]]:

@@ -64,6 +64,7 @@ class PixelExplorer(Explorer):
         axes = figure.subplots()
         colors = [BLUE if answer == result.label else VERMILLION for answer in result.judge]
         image_row(axes, result.images, [f'judge: "{answer}"' for answer in result.judge], colors)
+        axes.set_title(f"the model: class {result.label}, with {100 * result.sure:.0f} % on average", fontsize=10)
         return figure
 
     def describe(self, result: Inverted) -> tuple[str, str, dict[str, Any]]:

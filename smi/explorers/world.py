@@ -62,12 +62,12 @@ class WorldExplorer(Explorer):
         figure = Figure(figsize=(9, 3.4), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=(1.6, 1))
         place, width = result.world.trigger, result.reach + 2 * result.slack
-        left.plot(*result.images.T, ".", color=BLUE, alpha=0.4, markersize=4)
+        left.plot(*result.images.T, ".", color=BLUE, alpha=0.4, markersize=4, label="generated images")
         left.add_patch(Circle((0, 0), result.radius, fill=False, color="black", label="what is searched, ‖z‖ ≤ R"))
         left.axvline(place, color=VERMILLION, linewidth=2, label="stamped images")
         left.axvspan(place - width, place + width, color=VERMILLION, alpha=0.15, label="within r + 2s of them")
         left.set(xlim=(-4, 8), ylim=(-4, 4), aspect="equal", xlabel="first pixel", ylabel="second pixel")
-        left.legend(frameon=False, loc="upper right", fontsize=8)
+        left.legend(framealpha=0.9, edgecolor="none", loc="upper right", fontsize=8)
         heights = [result.sides.left, result.sides.right]
         bars = right.bar([0, 1], heights, color=[VERMILLION, BLUE], width=0.6)
         right.bar_label(bars, [f"{height:.2g}" for height in heights])
