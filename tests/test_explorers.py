@@ -135,6 +135,14 @@ def test_controls_wait_for_release_and_fit_the_keyboard(explorer):
     assert all(control.description for control in explorer.controls.values())
 
 
+def test_the_picture_says_its_settings(explorer, monkeypatch):
+    draw, drawn = explorer.figure, []
+    monkeypatch.setattr(explorer, "figure", lambda result: drawn.append(draw(result)) or drawn[-1])
+    explorer.controls["sigma_x"].value = 0.2
+    (figure,) = drawn
+    assert figure.get_suptitle() == "Class: 0   Noise on pixels σ_x: 0.2   on weights σ_w: 0.05   Draws K: 16"
+
+
 def test_class_names_are_shown(model, samples):
     explorer = StabilityExplorer(model, samples, names=("ant", "bee", "cat"))
     assert explorer.controls["label"].options == (("ant", 0), ("bee", 1), ("cat", 2))
