@@ -7,7 +7,6 @@ import os
 import re
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -95,15 +94,8 @@ def lab(chromium, tmp_path_factory):
     ]  # fmt: skip
     address = f"http://127.0.0.1:{port}"
     with (home / "log").open("w") as log:
-        # A group of its own, so that its kernels end with it.
-        server = subprocess.Popen(
-            command,
-            cwd=home,
-            env=os.environ | {name: str(home / name.lower()) for name in folders},
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
+        own = os.environ | {name: str(home / name.lower()) for name in folders}
+        server = subprocess.Popen(command, cwd=home, env=own, stdout=log, stderr=log)
     try:
         deadline = time.monotonic() + 120
         while True:
@@ -116,8 +108,8 @@ def lab(chromium, tmp_path_factory):
                 time.sleep(0.2)
         yield address, token
     finally:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
+        server.terminate()  # it ends its kernels first
+        server.wait(60)
 
 
 class Desk:
