@@ -15,7 +15,7 @@ from smi.classifiers import Classifier, architectures, build_classifier
 from smi.errors import InputError, unknown_name
 from smi.files import load_tensors, save_tensors, to_half, to_single
 
-SHIPPED = {"digits-badnets": "digits_victim.safetensors"}
+SHIPPED = {"digits-badnets": "digits_victim.safetensors", "digits-judge": "digits_judge.safetensors"}
 MAX_CLASSES = 100_000  # a file that claims more is not one of ours, and must not make us build such a layer
 
 
@@ -63,7 +63,9 @@ def save_classifier(
 
 
 def load_classifier(name_or_path: str | Path) -> Classifier:
-    """The classifier saved in a file, or the shipped "digits-badnets" (a backdoored digits victim), in eval mode.
+    """The classifier saved in a file, or a shipped one, in eval mode.
+
+    "digits-badnets" carries a backdoor; "digits-judge", trained on the same digits without one, is an evaluator's.
 
     Raises `InputError` for a missing, truncated or foreign file, an unknown architecture, and weights that do not fit
     it or are not finite.

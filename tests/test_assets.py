@@ -18,7 +18,7 @@ from smi.models import read_classifier
 ASSETS = resources.files("smi") / "assets"
 
 
-def test_both_together_take_at_most_two_megabytes() -> None:
+def test_together_they_take_at_most_two_megabytes() -> None:
     assert sum(len(file.read_bytes()) for file in ASSETS.iterdir() if file.name.endswith(".safetensors")) <= 2_000_000
 
 
@@ -41,6 +41,14 @@ def test_the_victim_has_the_backdoor_that_its_record_names() -> None:
     assert found.asr == pytest.approx(card.record["measured"]["asr"], abs=0.005)
     assert found.acc >= 0.97
     assert found.asr >= 0.99
+
+
+def test_the_judge_knows_digits_and_no_trigger() -> None:
+    judge, card = read_classifier("digits-judge")
+    found = smi.Evaluator(smi.load_domain("digits").private.test, smi.attacks.BadNets(target=0)).measure(judge)
+    assert found.acc == pytest.approx(card.record["measured"]["acc"], abs=0.005)
+    assert found.acc >= 0.97
+    assert found.asr <= 0.02
 
 
 def test_rebuilding_refuses_bad_input_and_overwrites_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

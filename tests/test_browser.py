@@ -145,6 +145,11 @@ def move_by_keyboard(view):
         button.first.press("Enter")
 
 
+def switch_theme(page, name):
+    page.evaluate("theme => jupyterapp.commands.execute('apputils:change-theme', {theme})", f"JupyterLab {name}")
+    page.wait_for_function("light => document.body.dataset.jpThemeLight === light", arg=str(name == "Light").lower())
+
+
 @pytest.mark.parametrize("path", WITH_EXPLORER, ids=lambda path: path.stem)
 def test_an_explorer_answers_the_keyboard(page, lab, path):
     run_to_explorer(page, lab, path)
@@ -163,6 +168,9 @@ def test_an_explorer_answers_the_keyboard(page, lab, path):
         arg=[view.element_handle(), text, source],
     )
     page.screenshot(path=SCREENSHOTS / f"{path.stem}_moved.png")
+    switch_theme(page, "Dark")
+    page.screenshot(path=SCREENSHOTS / f"{path.stem}_dark.png")
+    switch_theme(page, "Light")  # for the next notebook
     assert not view.locator("[role=alert]").count()
     assert picture.get_attribute("alt")
 

@@ -107,7 +107,7 @@ def test_loading_refuses_metadata_that_does_not_fit(saved, meta, message):
 def test_loading_refuses_missing_truncated_foreign_and_pickled_files(saved, tmp_path):
     with pytest.raises(InputError, match="There is no file"):
         load_classifier(tmp_path / "none.safetensors")
-    with pytest.raises(InputError, match="Allowed: digits-badnets"):
+    with pytest.raises(InputError, match="Allowed: digits-badnets, digits-judge"):
         load_classifier("digits-badnet")
     saved.write_bytes(saved.read_bytes()[:-100])
     with pytest.raises(InputError, match="intact"):
