@@ -86,6 +86,10 @@ def lab(chromium, tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    settings = home / "jupyter_config_dir" / "lab/user-settings" / "@jupyterlab/apputils-extension"
+    settings.mkdir(parents=True)
+    # Or a question about news stands in every picture.
+    (settings / "notification.jupyterlab-settings").write_text('{"fetchNews": "false"}')
     folders = ("HOME", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")
     command = [
         sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1",
@@ -146,8 +150,12 @@ def move_by_keyboard(view):
 
 
 def switch_theme(page, name):
+    """Light or Dark; waits until the splash screen is gone."""
     page.evaluate("theme => jupyterapp.commands.execute('apputils:change-theme', {theme})", f"JupyterLab {name}")
-    page.wait_for_function("light => document.body.dataset.jpThemeLight === light", arg=str(name == "Light").lower())
+    page.wait_for_function(
+        "light => document.body.dataset.jpThemeLight === light && !document.querySelector('#jupyterlab-splash')",
+        arg=str(name == "Light").lower(),
+    )
 
 
 @pytest.mark.parametrize("path", WITH_EXPLORER, ids=lambda path: path.stem)

@@ -33,8 +33,8 @@ class Explorer:
         self.controls = dict(controls)
         for control in self.controls.values():
             control.continuous_update = False  # one computation a move, not one a pixel
-            control.style.description_width = "9em"
-            control.layout.width = "36em"
+            control.style.description_width = "11em"
+            control.layout.width = "38em"
         self.button = W.Button(description=button, layout=W.Layout(width="auto")) if button else None
         self.picture: Picture | None = None
         self._numbers: dict[str, Any] = {}
