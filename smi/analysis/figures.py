@@ -257,8 +257,9 @@ def _of(rows: Sequence[Row], defense: str) -> list[Row]:
 
 
 def _logarithmic(axis: Axis) -> None:
-    """Ticks that stay readable on less than a decade, where matplotlib's own run into each other."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+    """Ticks that stay readable on less than a decade, where matplotlib's own run into each other, and on several."""
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 3000 * low else (1,), numticks=8))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
