@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from smi.analysis import rank_correlation
+from smi.analysis.study import ANALYSIS_COLUMNS, analyse
 from smi.sources import sources
 from smi.study import Store, load_study, read_rows, summarise
 from smi.study.results import Row, as_csv, from_csv
@@ -91,6 +93,25 @@ def test_the_study_is_the_committed_cells_and_the_readmes_table_is_the_study() -
     )
     made = study_table(from_csv(kept))
     assert made in (ROOT / "README.md").read_text(), f"the README's table should be:\n{made}"
+
+
+def test_the_analysis_is_that_of_the_committed_cells_and_what_the_readme_says_of_it() -> None:
+    rows = analyse(load_study("digits"), Store(ROOT / "notebooks/results/digits", ROOT / "no cache"))
+    assert as_csv(rows, ANALYSIS_COLUMNS) == (ROOT / "notebooks/results/digits_analysis.csv").read_text()
+    ibau = [row for row in rows if row["defense"] == "ibau"]
+    victims = [(row["attack"], row["seed"]) for row in ibau]
+    said = []
+    for column in ("frechet", "score_joint"):
+        found = rank_correlation([r[column] for r in ibau], [r["der"] for r in ibau], victims, within=True)
+        said += [f"{value:.2f}".replace("-", "−") for value in (found.rho, found.low, found.high)]
+    for source in ("smi", "latent", "random"):
+        known = [row["judge_accuracy"] for row in ibau if row["source"] == source]
+        said.append(f"{100 * sum(known) / len(known):.0f} %")
+    present = {r["attack"]: r["presence_target"] for r in ibau if r["source"] == "smi"}
+    said.append(f"at most {100 * max(value for attack, value in present.items() if attack != 'wanet'):.0f} %")
+    assert present["wanet"] == 1
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert [words for words in said if words not in text] == []
 
 
 def test_the_picture_is_the_notebooks() -> None:
