@@ -30,6 +30,7 @@ from smi.priors import save_prior
 
 SEED = 0
 JUDGE_SEED = 5
+ATTACK = BadNets(target=0)
 
 
 def prior(path: Path) -> None:
@@ -39,9 +40,8 @@ def prior(path: Path) -> None:
 
 def victim(path: Path) -> None:
     """Train a classifier on digits of which a tenth carries the BadNets patch, target 0, and save it."""
-    domain, attack = load_domain("digits"), BadNets(target=0)
-    record = {"attack": {"name": "badnets", "rate": 0.1, **asdict(attack)}}
-    _classifier(path, "victim", poison(domain.private.train, attack, rate=0.1, seed=SEED), SEED, record)
+    train = poison(load_domain("digits").private.train, ATTACK, rate=0.1, seed=SEED)
+    _classifier(path, "victim", train, SEED, {"attack": {"name": "badnets", "rate": 0.1, **asdict(ATTACK)}})
 
 
 def judge(path: Path) -> None:
@@ -50,14 +50,14 @@ def judge(path: Path) -> None:
 
 
 def _classifier(path: Path, name: str, train: TrainingSet, seed: int, record: dict[str, Any]) -> None:
-    """Train with the default configuration, measure, and save with the record."""
+    """Train with the default configuration, measure under `ATTACK`, and save with the record."""
     domain, config = load_domain("digits"), TrainConfig()
     model = train_classifier(train, config, seed=seed)
     record = record | {
         "made by": f"python -m smi.rebuild {name}",
         "seed": seed,
         "train": asdict(config),
-        "measured": asdict(Evaluator(domain.private.test, BadNets(target=0)).measure(model)),
+        "measured": asdict(Evaluator(domain.private.test, ATTACK).measure(model)),
         "classes": list(domain.classes),
         "versions": versions(),
         "threads": torch.get_num_threads(),

@@ -1,6 +1,7 @@
 """A study analysed from its files, by function and by command, and the figures of the analysis."""
 
 import csv
+import itertools
 import json
 import math
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from tiny import noise
 
 from smi.analysis import (
@@ -145,6 +147,21 @@ def rows(sources=("clean", "pixel", "latent", "smi"), attacks=("badnets", "sig")
 
 def texts(figure):
     return " ".join(t.get_text() for axes in figure.axes for t in (axes.title, axes.xaxis.label, axes.yaxis.label))
+
+
+@pytest.mark.parametrize("decades", [0.5, 1.5, 3, 4, 6])
+def test_tick_labels_do_not_run_into_each_other(decades):
+    drawn = rows()
+    for row, exponent in zip(drawn, np.linspace(-decades, 0, len(drawn)), strict=True):
+        row["score_joint"] = float(10**exponent)
+    figure = figures.overview(drawn)
+    FigureCanvasAgg(figure).draw()
+    axes = next(a for part in figure.subfigs for a in part.axes if "stability score" in a.get_xlabel())
+    low, high = axes.get_xlim()
+    labels = [label for label in axes.get_xticklabels() if label.get_text() and low <= label.get_position()[0] <= high]
+    boxes = sorted((label.get_window_extent() for label in labels), key=lambda box: box.x0)
+    assert len(boxes) >= 2
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
 
 
 def test_figures_have_labels_a_mark_a_source_and_the_correlation():

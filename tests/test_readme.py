@@ -110,6 +110,8 @@ def test_the_analysis_is_that_of_the_committed_cells_and_what_the_readme_says_of
     present = {r["attack"]: r["presence_target"] for r in ibau if r["source"] == "smi"}
     said.append(f"at most {100 * max(value for attack, value in present.items() if attack != 'wanet'):.0f} %")
     assert present["wanet"] == 1
+    (random,) = [r["presence_target"] for r in ibau if (r["source"], r["attack"]) == ("random", "wanet")]
+    said.append(f"{100 * random:.0f} % of random images")
     text = " ".join((ROOT / "README.md").read_text().split())
     assert [words for words in said if words not in text] == []
 
