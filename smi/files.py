@@ -120,7 +120,7 @@ def to_single(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
 
 
-def fingerprint(images: Tensor) -> str:
+def fingerprint(tensor: Tensor) -> str:
     """A short hash of a tensor's shape and bytes, for records and for checking that a resumed run has the same data."""
-    raw = images.detach().cpu().contiguous()
-    return hashlib.sha256(str(tuple(raw.shape)).encode() + raw.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+    raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return hashlib.sha256(str(tuple(tensor.shape)).encode() + raw.numpy().tobytes()).hexdigest()[:16]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from typing import Any
+
 import pytest
 import torch
 from tiny import check_repair, tiny_model
@@ -11,7 +14,7 @@ from torch.nn import functional as F
 from smi.attacks import BadNets
 from smi.augment import vary
 from smi.compute import fast, frozen
-from smi.defenses import IBAU, FineTune, Published, Restarted, Robust, Schedule, defenses
+from smi.defenses import IBAU, FineTune, Published, Restarted, Robust, Schedule, defenses, ibau_robust
 from smi.defenses.base import Distillation, _warm_cosine
 from smi.defenses.channels import watch
 from smi.defenses.ibau_robust import _Adversary, _PseudoLabelled
@@ -215,6 +218,32 @@ def test_the_radius_is_that_of_public_images_whatever_the_samples_are() -> None:
     assert radius(faint, bright, few) == radius(thirds(30), bright, few)
     assert radius(faint, None) < radius(thirds(60), None) / 2
     assert radius(thirds(60), PublicImages(faint.images)) == pytest.approx(radius(faint, None), rel=0.35)
+
+
+def test_a_second_repair_of_one_suspect_asks_for_no_second_radius_and_is_the_same(monkeypatch) -> None:
+    asked: list[float] = []
+
+    def counted(*given: Any, **settings: Any) -> float:
+        asked.append(natural_radius(*given, **settings))
+        return asked[-1]
+
+    monkeypatch.setattr(ibau_robust, "natural_radius", counted)
+    monkeypatch.setattr(ibau_robust, "_radii", OrderedDict())
+    defense, public = IBAU(solver=Robust(schedule=QUICK, steps=2, images=6)), PublicImages(torch.rand(20, 1, 8, 8))
+    model, s = tiny_model(), samples()
+    first, second = defense.repair(model, s, public).model, defense.repair(model, s, public).model
+    assert len(asked) == 1
+    for one, other in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(one, other)
+    defense.repair(model, s, public, seed=1)
+    assert len(asked) == 2
+    with torch.no_grad():
+        next(model.parameters()).mul_(1.01)
+    defense.repair(model, s, public)
+    assert len(asked) == 3
+    defense.repair(model, s)
+    IBAU(solver=Robust(schedule=QUICK, steps=3, images=6)).repair(model, s, public)
+    assert len(asked) == 5
 
 
 def test_what_is_unlearned_reaches_beyond_the_natural_radius_and_what_is_shown_does_not(monkeypatch) -> None:

@@ -16,6 +16,7 @@ afresh, so that nothing implicit is left to follow. For what no δ resembles the
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -30,6 +31,7 @@ from smi.compute import Runner, fast, frozen, predict
 from smi.defenses.base import Distillation, Schedule, ask, train_repair
 from smi.defenses.universal import AWAY, concentrate, fooling_rate, into_ball, natural_radius, universal
 from smi.domains.base import PublicImages, Samples
+from smi.files import fingerprint
 from smi.seeding import stream
 
 SPARSEST = 0.02  # of the pixels, in what is stamped
@@ -145,6 +147,32 @@ class _PseudoLabelled:
         return images, ask(self._suspect, images).argmax(1)
 
 
+_radii: OrderedDict[tuple[object, ...], tuple[float, Tensor]] = OrderedDict()
+_RADII_KEPT = 64
+
+
+def _remembered_radius(
+    suspect: nn.Module, images: Tensor, labels: Tensor, classes: int, config: Robust, rng: torch.Generator
+) -> float:
+    """`natural_radius`, searched once for one question: it is a third of a repair, and the next repair asks it again.
+
+    The question is the model's tensors and its answers, the images, the settings and where ``rng`` stands; what is
+    remembered moves ``rng`` on as the search did, so that nothing after it changes.
+    """
+    state = {name: fingerprint(tensor) for name, tensor in suspect.state_dict().items()}
+    asked = (images, labels, predict(suspect, images), rng.get_state())
+    key = (*state.items(), *map(fingerprint, asked), classes, config.goal, config.steps)
+    if key not in _radii:
+        with fast(suspect) as run:
+            found = natural_radius(run, images, labels, classes, goal=config.goal, steps=config.steps, rng=rng)
+        _radii[key] = found, rng.get_state()
+        if len(_radii) > _RADII_KEPT:
+            _radii.popitem(last=False)
+    radius, after = _radii[key]
+    rng.set_state(after)
+    return radius
+
+
 @dataclass
 class _Found:
     delta: Tensor
@@ -175,9 +203,7 @@ class _Adversary:
         else:
             images = public.images[torch.randperm(len(public), generator=self.rng)[:count]]
             labels = predict(suspect, images).argmax(1)
-        goal, steps = self.config.goal, self.config.steps
-        with fast(suspect) as run:
-            return natural_radius(run, images, labels, self.samples.num_classes, goal=goal, steps=steps, rng=self.rng)
+        return _remembered_radius(suspect, images, labels, self.samples.num_classes, self.config, self.rng)
 
     def search(self, model: nn.Module, targets: Tensor, radius: float) -> _Found:
         """Fresh δ's of norm ``radius`` at most, with their fooling rates on samples they were not searched on."""
