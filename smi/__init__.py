@@ -47,6 +47,7 @@ if TYPE_CHECKING:
         save_prior as save_prior,
     )
     from smi.stability import Selection as Selection, select_stable as select_stable
+    from smi.suspects import load_suspect as load_suspect
 
 __version__ = "0.1.0"
 
@@ -63,6 +64,7 @@ _HOMES = {
     "smi.pipeline": "Cleaned DemoConfig remove_backdoor run_demo",
     "smi.priors": "GeneratorPrior Prior load_prior save_prior",
     "smi.stability": "Selection select_stable",
+    "smi.suspects": "load_suspect",
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 

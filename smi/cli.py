@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from smi.cli_study import study
 from smi.memory import keep_freed
-from smi.options import Commands, common, data_options
+from smi.options import Commands, common, data_options, suspect_options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -111,6 +111,7 @@ def lab(into: Path | None, port: int, browser: bool, options: tuple[str, ...]) -
 @click.option("--public", "public_name", help="Unlabelled public images: a domain's name, an .npz or a folder.")
 @click.option("--per-class", type=click.IntRange(min=1), default=PER_CLASS, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder, new or empty.")
+@suspect_options
 @data_options
 @common
 def remove(
@@ -119,35 +120,38 @@ def remove(
     public_name: str | None,
     per_class: int,
     out: Path,
+    form: dict[str, Any],
     root: str,
     download: bool,
     seed: int,
 ) -> None:
-    """Remove a backdoor from MODEL, a classifier saved by smi (.safetensors), without clean data.
+    """Remove a backdoor from MODEL without clean data.
 
-    Public images help accuracy and are not required. Writes repaired.safetensors, report.html and report.json.
-    Models of other architectures: smi.remove_backdoor(model, prior) in Python.
+    MODEL is a file of smi's, or a state dict (safetensors, or by torch.save) with --arch, --mean and --std. Nothing in
+    it is run. Public images help accuracy and are not required. Writes the repaired weights in the layout that they
+    came in, report.html and report.json.
 
     \b
     Examples:
       smi remove suspect.safetensors --prior digits --public digits --out repaired
-      smi remove suspect.safetensors --prior prior.safetensors --out repaired
+      smi remove suspect.pth --arch resnet18 --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225 \\
+        --prior prior.safetensors --public photographs/ --out repaired
     """
     from smi.files import output_folder
-    from smi.models import read_classifier
     from smi.pipeline import Clock, remove_backdoor
     from smi.report import Removal, removal_verdict, write_report
+    from smi.suspects import load_suspect
 
     folder = output_folder(out)
-    suspect, card = read_classifier(model)
-    prior = _prior(prior_name, card.channels)
+    suspect = load_suspect(model, **form)
+    prior = _prior(prior_name, suspect.channels)
     public = _public(public_name, prior, root, download)
     clock = Clock()
     with clock("remove"):
-        cleaned = remove_backdoor(suspect, prior, public, per_class=per_class, seed=seed)
-    settings = {"model": model, "prior": prior.record, "public": public_name, "per_class": per_class}
+        cleaned = remove_backdoor(suspect.model, prior, public, per_class=per_class, seed=seed)
+    settings = {"model": model, "form": form, "prior": prior.record, "public": public_name, "per_class": per_class}
     settings |= cleaned.repair.settings
-    removal = Removal(suspect, cleaned, card.arch, card.classes, seed, clock.seconds, settings)
+    removal = Removal(suspect, cleaned, seed, clock.seconds, settings)
     paths = write_report(removal, folder)
     click.echo(_plain(removal_verdict(removal)))
     _wrote(paths)
@@ -191,8 +195,11 @@ def fit_prior_command(
 @click.option("--method", default="smi", show_default=True, help="smi, latent or pixel.")
 @click.option("--per-class", type=click.IntRange(min=1), default=PER_CLASS, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help=".npz, new; a .png is written beside it.")
+@suspect_options
 @common
-def invert(model: str, prior_name: str, method: str, per_class: int, out: Path, seed: int) -> None:
+def invert(
+    model: str, prior_name: str, method: str, per_class: int, out: Path, form: dict[str, Any], seed: int
+) -> None:
     """Reconstruct images of every class of MODEL.
 
     Writes images (uint8, NHWC), labels and stability scores as .npz, and a picture of some of them beside it.
@@ -207,18 +214,18 @@ def invert(model: str, prior_name: str, method: str, per_class: int, out: Path, 
     from smi.figures import reconstructions
     from smi.files import output_file, write_atomic
     from smi.inversion import inversions, invert as run_inversion
-    from smi.models import read_classifier
     from smi.stability import Selection, score_samples
+    from smi.suspects import load_suspect
 
     chosen = inversions[method]()
     file, sheet = output_file(_suffixed(out, ".npz")), output_file(out.with_suffix(".png"))
-    suspect, card = read_classifier(model)
-    prior = _prior(prior_name, card.channels)
+    suspect = load_suspect(model, **form)
+    prior = _prior(prior_name, suspect.channels)
     # Baselines keep what they make, as in the demo; choosing by stability is part of the stabilised method.
     selection = Selection() if method == "smi" else None
-    samples = run_inversion(suspect, prior, chosen, per_class=per_class, selection=selection, seed=seed)
-    samples = replace(samples, scores=score_samples(suspect, samples, seed=seed))
-    picture = reconstructions(samples, card.classes, range(min(card.num_classes, 20)), shown=min(per_class, 8))
+    samples = run_inversion(suspect.model, prior, chosen, per_class=per_class, selection=selection, seed=seed)
+    samples = replace(samples, scores=score_samples(suspect.model, samples, seed=seed))
+    picture = reconstructions(samples, suspect.classes, range(min(len(suspect.classes), 20)), shown=min(per_class, 8))
     save_samples(file, samples)
     write_atomic(sheet, picture)
     _wrote([file, sheet])
@@ -235,10 +242,11 @@ def invert(model: str, prior_name: str, method: str, per_class: int, out: Path, 
     "--divergence", default="kl", show_default=True, help="kl, cross_entropy, total_variation, margin or flip."
 )
 @click.option("--out", type=click.Path(path_type=Path), help="CSV file, new: index, label, prediction, score.")
+@suspect_options
 @common
 def score(
     model: str, images: str, k: int, sigma_x: float, sigma_w: float, family: str, divergence: str, out: Path | None,
-    seed: int,
+    form: dict[str, Any], seed: int,
 ) -> None:  # fmt: skip
     """Score how stable MODEL's predictions are on the IMAGES of an .npz. Lower is more stable.
 
@@ -252,15 +260,16 @@ def score(
     from smi.checks import check_labels, check_model
     from smi.compute import predict
     from smi.files import output_file, write_atomic
-    from smi.models import read_classifier
+    from smi.suspects import load_suspect
     from smi_kernels import stability_scores
 
     file = None if out is None else output_file(out)
-    suspect, card = read_classifier(model)
+    loaded = load_suspect(model, **form)
+    suspect, count = loaded.model, len(loaded.classes)
     pixels, labels = load_images(images)
-    check_model(suspect, pixels, card.num_classes)
+    check_model(suspect, pixels, count)
     if labels is not None:
-        check_labels(labels, len(pixels), card.num_classes, f"the labels of {images}")
+        check_labels(labels, len(pixels), count, f"the labels of {images}")
     predicted = predict(suspect, pixels).argmax(1)
     labels = predicted if labels is None else labels
     scores = stability_scores(
@@ -281,11 +290,12 @@ def score(
 @click.option("--attack", "attack_name", default="badnets", show_default=True)
 @click.option("--target", type=click.IntRange(min=0), default=0, show_default=True, help="The attacker's class.")
 @click.option("--out", type=click.Path(path_type=Path), help="JSON file, new.")
+@suspect_options
 @data_options
 @common
 def evaluate(
-    model: str, repaired: str | None, domain_name: str, attack_name: str, target: int, out: Path | None, root: str,
-    download: bool, seed: int,
+    model: str, repaired: str | None, domain_name: str, attack_name: str, target: int, out: Path | None,
+    form: dict[str, Any], root: str, download: bool, seed: int,
 ) -> None:  # fmt: skip
     """Measure MODEL, and REPAIRED where it is given, with clean test images and the trigger.
 
@@ -301,14 +311,14 @@ def evaluate(
     from smi.domains import load_domain
     from smi.evaluation import Comparison, Evaluator
     from smi.files import output_file, write_atomic
-    from smi.models import load_classifier
     from smi.report import text_table
+    from smi.suspects import load_suspect
 
     file = None if out is None else output_file(out)
     attack = attacks[attack_name](target=target)
-    models = {"model": load_classifier(model)}
+    models = {"model": load_suspect(model, **form).model}
     if repaired is not None:
-        models["repaired"] = load_classifier(repaired)
+        models["repaired"] = load_suspect(repaired, **form).model
     evaluator = Evaluator(load_domain(domain_name, root=root, download=download).private.test, attack)
     found = {name: evaluator.measure(one) for name, one in models.items()}
     rates = {name: vars(one).copy() for name, one in found.items()}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from smi.classifiers import Classifier, architectures, build_classifier
@@ -82,6 +83,20 @@ def read_classifier(name_or_path: str | Path) -> tuple[Classifier, Card]:
     if not Path(name).exists() and "/" not in name and "." not in name:
         raise unknown_name("classifier", name, SHIPPED)
     return _read(Path(name))
+
+
+def is_ours(name_or_path: str | Path) -> bool:
+    """Whether this names a classifier that ships, or a file with this project's metadata. Looks at the header alone."""
+    name = str(name_or_path)
+    if not Path(name).exists():
+        return "/" not in name and "." not in name  # meant as a name
+    if not Path(name).is_file():  # a pipe would be waited for
+        return False
+    try:
+        with safe_open(name, framework="pt") as content:
+            return "smi" in (content.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
 
 
 def _read(file: Path) -> tuple[Classifier, Card]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from functools import wraps
@@ -72,10 +73,77 @@ def common(command: Command) -> Command:
     return prepared  # type: ignore[return-value]
 
 
+def suspect_options(command: Command) -> Command:
+    """What a file does not say of its model, handed on as ``form``: the keywords of `smi.suspects.load_suspect`."""
+
+    @wraps(command)
+    def prepared(
+        *args: Any, arch: str | None, mean: str | None, std: str | None, classes: str | None, size: str | None,
+        bgr: bool, grey: bool, **options: Any,
+    ) -> Any:  # fmt: skip
+        form = {
+            "arch": arch, "mean": _numbers("--mean", mean), "std": _numbers("--std", std), "classes": _words(classes),
+            "size": _size(size), "bgr": bgr, "grey": grey,
+        }  # fmt: skip
+        return command(*args, form=form, **options)
+
+    for option in (
+        click.option("--grey", is_flag=True, help="The model takes grey images, as three equal channels."),
+        click.option("--bgr", is_flag=True, help="The model takes blue first."),
+        click.option("--size", metavar="N|HxW", help="Resize images to what the model takes."),
+        click.option("--classes", metavar="A,B,...|FILE", help="Names of the classes, or a file with one a line."),
+        click.option("--std", metavar="X[,Y,Z]", help="Of the normalisation, like --mean."),
+        click.option("--mean", metavar="X[,Y,Z]", help="Of the normalisation that the model was trained with, of "
+                     "pixels in [0, 1]; --mean 0 --std 1 for none."),
+        click.option("--arch", help="A state dict's architecture: a name of smi or torchvision, timm/NAME, or "
+                     "FILE.py:factory, which runs your FILE."),
+    ):  # fmt: skip
+        prepared = option(prepared)
+    return prepared  # type: ignore[return-value]
+
+
 def data_options(command: Command) -> Command:
     """Where torchvision's data sets lie, and whether they may be fetched."""
     command = click.option("--download", is_flag=True, help="Allow torchvision's data sets to be downloaded.")(command)
     return click.option("--root", default="data", show_default=True, help="Folder of torchvision's data sets.")(command)
+
+
+def _numbers(option: str, text: str | None) -> list[float] | None:
+    from smi.errors import InputError
+
+    if text is None:
+        return None
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise InputError(f"{option} is {text!r}. Allowed: a number, or one a channel: 0.485,0.456,0.406.") from error
+    if not all(math.isfinite(value) and (value > 0 or option == "--mean") for value in values):
+        raise InputError(f"{option} is {text!r}. Allowed: finite numbers{', above zero' if option == '--std' else ''}.")
+    return values
+
+
+def _words(text: str | None) -> list[str] | None:
+    from smi.errors import InputError
+
+    if text is None:
+        return None
+    try:
+        if not Path(text).is_file():
+            return [name.strip() for name in text.split(",")]
+        return [line.strip() for line in Path(text).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:  # of UTF-8, too
+        raise InputError(f"--classes names {text!r}, which cannot be read as UTF-8 text ({error}).") from error
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    from smi.errors import InputError
+
+    if text is None:
+        return None
+    parts = text.lower().split("x")
+    if not 1 <= len(parts) <= 2 or not all(part.isdecimal() and 8 <= int(part) <= 2048 for part in parts):
+        raise InputError(f"--size is {text!r}. Allowed: pixels from 8 to 2048, N or HxW.")
+    return int(parts[0]), int(parts[-1])
 
 
 def _check_device(device: str) -> None:

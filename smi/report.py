@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from smi.compute import predict, versions
 from smi.files import output_folder, write_atomic
@@ -37,20 +37,19 @@ from smi.sections import (
     trigger_section,
 )
 from smi.stability import kernel_backend, score_samples
+from smi.suspects import Suspect
 
 
 @dataclass(frozen=True, eq=False)
 class Removal:
     """A removal from a user's own model, and what can be measured about it without clean data or the trigger.
 
-    suspect: the model before. arch: its architecture's name, for saving. classes: names in the order of the labels.
-    stages: seconds by stage. settings: for the record.
+    suspect: the model before, and the layout to save the repaired one in. stages: seconds by stage. settings: for the
+    record.
     """
 
-    suspect: nn.Module
+    suspect: Suspect
     cleaned: Cleaned
-    arch: str
-    classes: tuple[str, ...]
     seed: int
     stages: dict[str, float]
     settings: dict[str, Any]
@@ -59,22 +58,23 @@ class Removal:
     def agreement(self) -> Tensor:
         """Whether both models give the same label, bool ``[N]``, on each reconstruction."""
         images = self.cleaned.samples.images
-        return predict(self.suspect, images).argmax(1) == predict(self.cleaned.model, images).argmax(1)
+        return predict(self.suspect.model, images).argmax(1) == predict(self.cleaned.model, images).argmax(1)
 
     @cached_property
     def stability(self) -> tuple[Tensor, Tensor]:
         """Stability scores ``[N]`` of the reconstructions on the suspect and on the repaired model, same noise."""
-        models = (self.suspect, self.cleaned.model)
+        models = (self.suspect.model, self.cleaned.model)
         before, after = (score_samples(model, self.cleaned.samples, seed=self.seed) for model in models)
         return before, after
 
     def summary(self) -> dict[str, Any]:
         """The record that `report.json` holds: rates in [0, 1], times in seconds."""
         before, after = (scores.median().item() for scores in self.stability)
+        samples = self.cleaned.samples
         return {
             "seed": self.seed,
-            "n": len(self.cleaned.samples),
-            "classes": list(self.classes),
+            "n": len(samples),
+            "classes": list(self.suspect.classes),
             "agreement": self.agreement.float().mean().item(),
             "stability": {"median_before": before, "median_after": after},
             "findings": findings(self.cleaned.repair),
@@ -82,29 +82,31 @@ class Removal:
             "settings": self.settings,
             "versions": versions(),
             "threads": torch.get_num_threads(),
-            "kernel_backend": kernel_backend(self.suspect, self.cleaned.samples.images, self.cleaned.samples.labels),
+            "kernel_backend": kernel_backend(self.suspect.model, samples.images, samples.labels),
         }
 
 
 def write_report(run: Demo | Removal, folder: str | Path) -> list[Path]:
-    """Write ``report.html``, ``report.json`` and ``repaired.safetensors``; returns their paths.
+    """Write ``report.html``, ``report.json`` and the repaired weights; returns their paths.
+
+    The weights go to ``repaired.safetensors``, a user's own model in the layout that it came in.
 
     folder: new or empty, else `InputError`. Everything is composed before the first file is written.
     """
-    if isinstance(run, Demo):
-        html, model, arch = demo_page(run), run.row("smi").repair.model, run.settings["train"]["arch"]
-        classes: Sequence[str] = run.domain.classes
-    else:
-        html, model, arch, classes = removal_page(run), run.cleaned.model, run.arch, run.classes
-    summary = _finite(run.summary())
-    content = json.dumps(summary, indent=2, default=str, allow_nan=False) + "\n"
+    html = demo_page(run) if isinstance(run, Demo) else removal_page(run)
+    content = json.dumps(_finite(run.summary()), indent=2, default=str, allow_nan=False) + "\n"
     target = output_folder(folder)
     target.mkdir(parents=True, exist_ok=True)
-    paths = [target / name for name in ("report.html", "report.json", "repaired.safetensors")]
+    suffix = ".safetensors" if isinstance(run, Demo) else run.suspect.suffix
+    paths = [target / name for name in ("report.html", "report.json", f"repaired{suffix}")]
     write_atomic(paths[0], html)
     write_atomic(paths[1], content)
-    record = {"classes": list(classes), "seed": run.seed, "settings": json.loads(content)["settings"]}
-    save_classifier(model, paths[2], arch=arch, record=record)
+    record = {"seed": run.seed, "settings": json.loads(content)["settings"]}
+    if isinstance(run, Demo):
+        record |= {"classes": list(run.domain.classes)}
+        save_classifier(run.row("smi").repair.model, paths[2], arch=run.settings["train"]["arch"], record=record)
+    else:
+        run.suspect.write(run.cleaned.model, paths[2], record | {"classes": list(run.suspect.classes)})
     return paths
 
 
@@ -127,13 +129,13 @@ def demo_page(demo: Demo) -> str:
 
 def removal_page(removal: Removal) -> str:
     """The report on a user's own model as HTML."""
-    cleaned = removal.cleaned
+    cleaned, classes = removal.cleaned, removal.suspect.classes
     return page(
         f"Backdoor removal without clean data, seed {removal.seed}",
         paragraph(removal_verdict(removal), "verdict"),
-        defender_section(removal.agreement, removal.stability, cleaned.repair, cleaned.samples, removal.classes),
-        reconstructions_section(cleaned.samples, removal.classes),
-        perturbations_section(cleaned.repair, removal.classes),
+        defender_section(removal.agreement, removal.stability, cleaned.repair, cleaned.samples, classes),
+        reconstructions_section(cleaned.samples, classes),
+        perturbations_section(cleaned.repair, classes),
         curves_section({cleaned.samples.source: cleaned.repair}),
         time_section(removal.stages, torch.get_num_threads()),
         record_section(removal.settings, versions()),
@@ -163,10 +165,11 @@ def removal_verdict(removal: Removal) -> str:
     kept = f"the repaired model gives {same} of the reconstructions the label that the suspect model gave"
     if not log.get("fooling_before"):
         return f"Repaired by {defense_name(removal.cleaned.repair.defense)}: {kept}."
-    worst = max(range(len(removal.classes)), key=lambda label: log["fooling_before"][label])
+    classes = removal.suspect.classes
+    worst = max(range(len(classes)), key=lambda label: log["fooling_before"][label])
     return (
         f"One small pattern sent {percent(log['fooling_before'][worst])} of the other classes' reconstructions to "
-        f"class “{removal.classes[worst]}”. On the repaired model the strongest pattern of that size, for any class, "
+        f"class “{classes[worst]}”. On the repaired model the strongest pattern of that size, for any class, "
         f"sends {percent(max(log['fooling_after']))}, and {kept}."
     )
 

@@ -8,8 +8,10 @@ from smi.classifiers import build_classifier
 from smi.defenses import Repair
 from smi.domains import Domain, PrivateData, PrivateSet, PublicImages, Samples
 from smi.evaluation import Comparison, Measurement
+from smi.models import save_classifier
 from smi.pipeline import Cleaned, Demo, Row
 from smi.report import Removal
+from smi.suspects import Suspect
 
 NASTY = ("<script>alert(1)</script>", "$\\frac{1}$ & \"quoted\" 'name'", "三")
 COUNT = 6
@@ -52,4 +54,9 @@ def removal(names=NASTY, found=None):
     n = len(names)
     suspect, found = build_classifier("small_cnn", 1, n, seed=1).eval(), found or repair(classes=n)
     cleaned = Cleaned(found.model, samples(classes=n), found)
-    return Removal(suspect, cleaned, "small_cnn", tuple(names), 3, {"remove": 4.0}, {"note": NASTY[0]})
+
+    def write(repaired, path, record):
+        save_classifier(repaired, path, arch="small_cnn", record=record)
+
+    loaded = Suspect(suspect, "small_cnn", 1, tuple(names), ".safetensors", write)
+    return Removal(loaded, cleaned, 3, {"remove": 4.0}, {"note": NASTY[0]})

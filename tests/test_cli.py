@@ -97,6 +97,32 @@ def test_remove_writes_a_report(here, monkeypatch):
     assert smi_run("score", "out/repaired.safetensors", "images.npz").exit_code == 0
 
 
+def test_a_strangers_checkpoint_is_repaired_in_its_layout(here, monkeypatch):
+    body = build_classifier("small_cnn", 1, 3).body.eval()
+    whole = {"net": {f"module.{k}": v for k, v in body.state_dict().items()}, "epoch": 3}
+    torch.save(whole, "theirs.pth")
+    form = ["--arch", "small_cnn", "--mean", "0.5", "--std", "0.25", "--classes", "cat,<script>,dog"]
+    given = {}
+
+    def quick(model, *args, **options):
+        given.update(model=model, repaired=(found := fake_run.removal(names=("cat", "<script>", "dog"))).cleaned.model)
+        return found.cleaned
+
+    monkeypatch.setattr(smi.pipeline, "remove_backdoor", quick)
+    result = smi_run("remove", "theirs.pth", *form, "--prior", "prior.safetensors", "--out", "out")
+    assert result.exit_code == 0, result.output
+    assert sorted(p.name for p in (here / "out").iterdir()) == ["repaired.pth", "report.html", "report.json"]
+    images = torch.rand(2, 1, 32, 32)
+    assert torch.allclose(given["model"](images), body((images - 0.5) / 0.25), atol=1e-5)
+    after = torch.load("out/repaired.pth", weights_only=True)
+    assert (list(after), after["epoch"], list(after["net"])) == (list(whole), 3, list(whole["net"]))
+    weight = given["repaired"].body.state_dict()["0.0.weight"]
+    assert torch.equal(after["net"]["module.0.0.weight"], weight)
+    assert "<script>" not in (here / "out/report.html").read_text().partition("<main>")[2]
+    assert json.loads((here / "out/report.json").read_text())["settings"]["form"]["arch"] == "small_cnn"
+    assert smi_run("score", "out/repaired.pth", "images.npz", *form).exit_code == 0
+
+
 def test_remove_refuses_what_does_not_fit_before_any_work(here, monkeypatch):
     def never(*args, **options):
         raise AssertionError("work was begun")
