@@ -220,14 +220,26 @@ def study():
 
 def test_a_study_is_shown_best_first_with_the_worst_of_each(study):
     explorer = StudyExplorer(study, {"smi": "SMI"})
-    bars = explorer.compute(defense="ibau", attack="all attacks", rate="DER, both in one")
+    bars = explorer.compute(defense="ibau", attack="all attacks", seed="all seeds", rate="DER, both in one")
     assert list(bars.mean) == ["smi", "clean"]
     assert bars.mean == pytest.approx({"smi": 80.0, "clean": 75.0})
     assert bars.worst == pytest.approx({"smi": 70.0, "clean": 65.0})
     assert bars.cells == {"smi": 2, "clean": 2}
-    low = explorer.compute(defense="ibau", attack="a", rate="ASR, attack success (remove)")
+    low = explorer.compute(defense="ibau", attack="a", seed="0", rate="ASR, attack success (remove)")
     assert list(low.mean) == ["clean", "smi"], "for attack success the lowest is the best"
     assert "Best: SMI, 80.0 % over 2 removals" in explorer.readout
+    labels = [label.get_text() for label in explorer.figure(bars).axes[0].get_yticklabels()]
+    assert labels == ["SMI", "clean"]
+
+
+def test_where_a_study_is_still_running_the_bars_say_of_how_many_removals(study):
+    more = [*study, study[0] | {"seed": 1, "asr": 0.3, "der": 0.8}]
+    explorer = StudyExplorer(more, {"smi": "SMI"})
+    bars = explorer.compute(defense="ibau", attack="all attacks", seed="all seeds", rate="DER, both in one")
+    labels = [label.get_text() for label in explorer.figure(bars).axes[0].get_yticklabels()]
+    assert labels == ["SMI (3 removals)", "clean (2 removals)"]
+    one = explorer.compute(defense="ibau", attack="all attacks", seed="1", rate="DER, both in one")
+    assert one.mean == pytest.approx({"smi": 80.0})
 
 
 def test_a_study_without_such_cells_says_so(study):

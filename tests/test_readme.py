@@ -74,9 +74,9 @@ def test_the_committed_settings_are_the_current_defaults() -> None:
 
 
 def study_table(rows: Sequence[Row]) -> str:
-    """Mean and worst over attacks and seeds by removal and source, in per cent: I-BAU best first, then the others."""
+    """Mean and worst over attacks and seeds by removal and source, in percent: I-BAU first, most removals, best DER."""
     found = summarise(rows, ("defense", "source"))
-    found.sort(key=lambda row: (row["defense"] != "ibau", row["defense"], -row["der"]))
+    found.sort(key=lambda row: (row["defense"] != "ibau", row["defense"], -row["cells"], -row["der"]))
     lines = ["| removal | samples | removals | ACC % | ASR % | DER % |", "|---|---|---|---|---|---|"]
     for row in found:
         rates = [f"{100 * row[name]:.1f} ({100 * row[f'worst_{name}']:.1f})" for name in ("acc", "asr", "der")]

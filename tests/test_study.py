@@ -179,7 +179,7 @@ def test_the_picture_shows_means_and_what_is_missing():
     made = [*rows(), rows()[2] | {"source": "clean", "asr": 0.2, "acc": 0.93}]
     left, lost = plot_rates(made, ["pixel", "clean"]).axes
     shown = {(t.get_position(), t.get_text()) for t in left.texts}
-    assert [label.get_text() for label in left.get_xticklabels()] == ["no removal", "clean", "smi"]
+    assert [label.get_text() for label in left.get_xticklabels()] == ["no removal", "clean, 1 of 3", "smi"]
     assert [label.get_text() for label in left.get_yticklabels()] == ["a", "b", "mean"]
     assert shown == {
         ((0, 0), "100.0"), ((0, 1), "100.0"), ((0, 2), "100.0"), ((1, 1), "20.0"), ((1, 2), "20.0"),

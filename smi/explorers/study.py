@@ -15,6 +15,7 @@ from smi.explorers.pictures import BLUE, VERMILLION
 from smi.study.results import Row, summarise
 
 ALL = "all attacks"
+ALL_SEEDS = "all seeds"
 RATES = {
     "ACC, accuracy (keep)": ("acc", max),
     "ASR, attack success (remove)": ("asr", min),
@@ -43,18 +44,21 @@ class StudyExplorer(Explorer):
             raise InputError("The study has no rows: there is nothing to show. Run some of its cells first.")
         self.rows, self.names, self.highlight = list(rows), dict(names or {}), highlight
         attacks, defenses = (list(dict.fromkeys(row[name] for row in rows)) for name in ("attack", "defense"))
+        seeds = sorted({row["seed"] for row in rows})
         super().__init__(
             {
                 "defense": W.SelectionSlider(options=defenses, description="Removal"),
                 "attack": W.SelectionSlider(options=[ALL, *attacks], description="Attack"),
+                "seed": W.SelectionSlider(options=[ALL_SEEDS, *map(str, seeds)], description="Seed"),
                 "rate": W.SelectionSlider(options=list(RATES), value=list(RATES)[-1], description="Rate"),
             }
         )
 
-    def compute(self, *, defense: str, attack: str, rate: str) -> Bars:
+    def compute(self, *, defense: str, attack: str, seed: str, rate: str) -> Bars:
         """Mean and worst over the attacks and seeds chosen."""
         column, best = RATES[rate]
         chosen = [row for row in self.rows if row["defense"] == defense and attack in (ALL, row["attack"])]
+        chosen = [row for row in chosen if seed in (ALL_SEEDS, str(row["seed"]))]
         found = summarise(chosen, ("source",))
         found.sort(key=lambda row: row[column], reverse=best is max)
         return Bars(
@@ -73,12 +77,19 @@ class StudyExplorer(Explorer):
         bars = axes.barh(range(count), list(result.mean.values()), color=colors)
         axes.bar_label(bars, fmt="%.1f", padding=3)
         axes.plot(list(result.worst.values()), range(count), "D", color="black", markersize=5, label="worst removal")
-        axes.set(yticks=range(count), yticklabels=[self.names.get(source, source) for source in result.mean])
+        axes.set(yticks=range(count), yticklabels=self._labels(result))
         axes.set(xlim=(0, 108), xlabel=f"{result.shown}, mean in %")
         axes.invert_yaxis()
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
         return figure
+
+    def _labels(self, result: Bars) -> list[str]:
+        """Names of the sources, with their removals where some have fewer: the study is still running."""
+        names = {source: self.names.get(source, source) for source in result.mean}
+        if len(set(result.cells.values())) > 1:
+            names = {source: f"{name} ({result.cells[source]} removals)" for source, name in names.items()}
+        return list(names.values())
 
     def describe(self, result: Bars) -> tuple[str, str, dict[str, Any]]:
         """Alternative text, caption and numbers."""

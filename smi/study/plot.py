@@ -18,7 +18,8 @@ def plot_rates(rows: Sequence[Row], order: Sequence[str] = ()) -> Figure:
     """Two tables of means in percent, dark where it is bad: attack success left, and points of accuracy lost.
 
     rows: cells of one defense. A line an attack (and domain, where there are several) with the mean of all at the end;
-    a column a source, those of ``order`` first; before them stands what there was before.
+    a column a source, those of ``order`` first, with its cells where it has fewer than another (the study is running);
+    before them stands what there was before.
     """
     several = len({row["domain"] for row in rows}) > 1
     titles = [f"{row['domain']} {row['attack']}" if several else row["attack"] for row in rows]
@@ -27,13 +28,16 @@ def plot_rates(rows: Sequence[Row], order: Sequence[str] = ()) -> Figure:
     columns = [name for name in dict.fromkeys([*order, *found]) if name in found]
     lines = [[row for row, title in zip(rows, titles, strict=True) if title == attack] for attack in attacks]
     lines.append([row for line in lines for row in line])
+    cells = {name: sum(row["source"] == name for row in rows) for name in columns}
+    most = max(cells.values())
+    labels = [name if cells[name] == most else f"{name}, {cells[name]} of {most}" for name in columns]
     left = _means(lines, columns, lambda row: row["asr"], lambda row: row["asr_before"])
     lost = _means(lines, columns, lambda row: row["acc_before"] - row["acc"], lambda row: 0.0)[:, 1:]
     figure = Figure(figsize=(0.62 * (2 * len(columns) + 1) + 1.8, 0.3 * len(lines) + 1.9), layout="constrained")
     panels: Any = figure.subplots(1, 2, width_ratios=(len(columns) + 1, len(columns)), sharey=True)
     for panel, values, names, end, title in (
-        (panels[0], left, [NONE, *columns], 100.0, "attack success left, %"),
-        (panels[1], lost, columns, WORST_LOSS, "accuracy lost, points"),
+        (panels[0], left, [NONE, *labels], 100.0, "attack success left, %"),
+        (panels[1], lost, labels, WORST_LOSS, "accuracy lost, points"),
     ):
         panel.imshow(values, cmap="Blues", vmin=0, vmax=1.2 * end, aspect="auto")
         for (line, position), value in np.ndenumerate(values):
