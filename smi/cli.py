@@ -62,17 +62,17 @@ def demo(seed: int, out: Path | None) -> None:
       smi demo --seed 7 --out seven
     """
     from smi.domains import load_domain
-    from smi.files import output_folder
+    from smi.files import claimed
     from smi.pipeline import run_demo
     from smi.priors import load_prior
     from smi.report import table, verdict, write_report
 
-    folder = output_folder(out or _free_folder(f"smi-demo-{seed}"))
-    prior = load_prior("digits")
-    result = run_demo(load_domain("digits"), prior, seed=seed)
-    paths = write_report(result, folder)
-    click.echo(f"{table(result)}\n\n{_plain(verdict(result))}")
-    _wrote(paths)
+    with claimed(out or _free_folder(f"smi-demo-{seed}"), folder=True) as folder:
+        prior = load_prior("digits")
+        result = run_demo(load_domain("digits"), prior, seed=seed)
+        paths = write_report(result, folder)
+        click.echo(f"{table(result)}\n\n{_plain(verdict(result))}")
+        _wrote(paths)
 
 
 @cli.command(short_help="Open the notebooks in JupyterLab.")
@@ -137,24 +137,24 @@ def remove(
       smi remove suspect.pth --arch resnet18 --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225 \\
         --prior prior.safetensors --public photographs/ --out repaired
     """
-    from smi.files import output_folder
+    from smi.files import claimed
     from smi.pipeline import Clock, remove_backdoor
     from smi.report import Removal, removal_verdict, write_report
     from smi.suspects import load_suspect
 
-    folder = output_folder(out)
-    suspect = load_suspect(model, **form)
-    prior = _prior(prior_name, suspect.channels)
-    public = _public(public_name, prior, root, download)
-    clock = Clock()
-    with clock("remove"):
-        cleaned = remove_backdoor(suspect.model, prior, public, per_class=per_class, seed=seed)
-    settings = {"model": model, "form": form, "prior": prior.record, "public": public_name, "per_class": per_class}
-    settings |= cleaned.repair.settings
-    removal = Removal(suspect, cleaned, seed, clock.seconds, settings)
-    paths = write_report(removal, folder)
-    click.echo(_plain(removal_verdict(removal)))
-    _wrote(paths)
+    with claimed(out, folder=True) as folder:
+        suspect = load_suspect(model, **form)
+        prior = _prior(prior_name, suspect.channels)
+        public = _public(public_name, prior, root, download)
+        clock = Clock()
+        with clock("remove"):
+            cleaned = remove_backdoor(suspect.model, prior, public, per_class=per_class, seed=seed)
+        settings = {"model": model, "form": form, "prior": prior.record, "public": public_name, "per_class": per_class}
+        settings |= cleaned.repair.settings
+        removal = Removal(suspect, cleaned, seed, clock.seconds, settings)
+        paths = write_report(removal, folder)
+        click.echo(_plain(removal_verdict(removal)))
+        _wrote(paths)
 
 
 @cli.command("fit-prior", short_help="Train a prior on public images.")
@@ -175,18 +175,18 @@ def fit_prior_command(
       smi fit-prior digits --steps 4000 --checkpoint run.safetensors --out prior.safetensors
     """
     from smi.domains import load_public
-    from smi.files import output_file
+    from smi.files import claimed, output_file
     from smi.gan import PriorConfig, fit_prior
     from smi.priors import save_prior
 
-    file = output_file(out)
-    if checkpoint is not None and not checkpoint.exists():
-        output_file(checkpoint)
-    images = load_public(public, root=root, download=download)
-    config = PriorConfig() if steps is None else PriorConfig(steps=steps)
-    prior = fit_prior(images, config, seed=seed, checkpoint=checkpoint)
-    save_prior(prior, file)
-    _wrote([file])
+    with claimed(out) as file:
+        if checkpoint is not None and not checkpoint.exists():
+            output_file(checkpoint)
+        images = load_public(public, root=root, download=download)
+        config = PriorConfig() if steps is None else PriorConfig(steps=steps)
+        prior = fit_prior(images, config, seed=seed, checkpoint=checkpoint)
+        save_prior(prior, file)
+        _wrote([file])
 
 
 @cli.command(short_help="Reconstruct images of every class.")
@@ -212,23 +212,24 @@ def invert(
 
     from smi.arrays import save_samples
     from smi.figures import reconstructions
-    from smi.files import output_file, write_atomic
+    from smi.files import claimed, write_atomic
     from smi.inversion import inversions, invert as run_inversion
     from smi.stability import Selection, score_samples
     from smi.suspects import load_suspect
 
     chosen = inversions[method]()
-    file, sheet = output_file(_suffixed(out, ".npz")), output_file(out.with_suffix(".png"))
-    suspect = load_suspect(model, **form)
-    prior = _prior(prior_name, suspect.channels)
-    # Baselines keep what they make, as in the demo; choosing by stability is part of the stabilised method.
-    selection = Selection() if method == "smi" else None
-    samples = run_inversion(suspect.model, prior, chosen, per_class=per_class, selection=selection, seed=seed)
-    samples = replace(samples, scores=score_samples(suspect.model, samples, seed=seed))
-    picture = reconstructions(samples, suspect.classes, range(min(len(suspect.classes), 20)), shown=min(per_class, 8))
-    save_samples(file, samples)
-    write_atomic(sheet, picture)
-    _wrote([file, sheet])
+    with claimed(_suffixed(out, ".npz")) as file, claimed(out.with_suffix(".png")) as sheet:
+        suspect = load_suspect(model, **form)
+        prior = _prior(prior_name, suspect.channels)
+        # Baselines keep what they make, as in the demo; choosing by stability is part of the stabilised method.
+        selection = Selection() if method == "smi" else None
+        samples = run_inversion(suspect.model, prior, chosen, per_class=per_class, selection=selection, seed=seed)
+        samples = replace(samples, scores=score_samples(suspect.model, samples, seed=seed))
+        labels = range(min(len(suspect.classes), 20))
+        picture = reconstructions(samples, suspect.classes, labels, shown=min(per_class, 8))
+        save_samples(file, samples)
+        write_atomic(sheet, picture)
+        _wrote([file, sheet])
 
 
 @cli.command(short_help="Score how stable predictions are.")

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any, TypeVar
 
 import click
 
+from smi.interrupts import Stopped, stoppable
 from smi.options import cores
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -78,7 +76,7 @@ def run(
 
     chosen, store = _open(name, out, cache)
     try:
-        with _stoppable():
+        with stoppable():
             ran = run_study(chosen, store, scheduler=scheduler, workers=workers, resource=resource, retry=retry)
     except Stopped as stop:
         done = count(chosen, store)["done"]
@@ -89,31 +87,6 @@ def run(
         for title, error in errors(chosen, store)[:5]:
             click.echo(f"failed: {title}: {error.partition(chr(10))[0]}", err=True)
         raise SystemExit(1)
-
-
-class Stopped(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM. signal: its number."""
-
-    def __init__(self, signal: int) -> None:
-        super().__init__()
-        self.signal = signal
-
-
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """Ctrl-C and SIGTERM raise `Stopped` in the block; while that cleans up, a second one ends the process at once."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        for each in before:
-            signal.signal(each, signal.SIG_DFL)
-        raise Stopped(number)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @study.command()

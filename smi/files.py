@@ -8,10 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
+import sys
 import tempfile
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,11 @@ from torch import Tensor
 
 from smi.errors import InputError
 
+if sys.platform != "win32":
+    import fcntl
+
 LEFTOVERS = ".*.partial"
+ROOM = 100_000_000  # bytes that a result may take
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -69,6 +75,50 @@ def output_folder(path: str | Path) -> Path:
     if not os.access(folder if folder.exists() else parent, os.W_OK):
         raise InputError(f"{folder} cannot be written to. Choose a folder in which you may create files.")
     return folder
+
+
+@contextmanager
+def claimed(path: str | Path, *, folder: bool = False, room: int = ROOM) -> Iterator[Path]:
+    """``path`` for this process alone while it works; checked as `output_file` or `output_folder` do, before any work.
+
+    room: bytes that must be free. A lock file lies beside ``path`` meanwhile; one that a killed process left does not
+    bar the way. Raises `InputError` where another process has claimed it, or where nothing can be written.
+    """
+    check = output_folder if folder else output_file
+    place = check(path)
+    parent = next(p for p in place.absolute().parents if p.exists())
+    try:
+        free = shutil.disk_usage(parent).free
+        handle, lock = _lock(parent / f".{place.name}.smi-lock", place)
+    except OSError as error:
+        raise InputError(f"{place} cannot be written ({error.strerror}). Choose another place.") from error
+    try:
+        if free < room:
+            left, least = free / 1e6, room / 1e6
+            raise InputError(f"The disk of {place} has {left:.0f} MB left; at least {least:.0f} MB are needed.")
+        yield check(path)  # another process may have finished it between the first look and the lock
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _lock(file: Path, place: Path) -> tuple[int, Path]:
+    """An open, locked ``file``. The lock goes with the process, however it ends."""
+    while True:
+        handle = os.open(file, os.O_CREAT | os.O_RDWR, 0o644)
+        try:
+            if sys.platform == "win32":  # no such locks there; writes are atomic all the same
+                return handle, file
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if file.exists() and os.fstat(handle).st_ino == file.stat().st_ino:
+                return handle, file
+        except BlockingIOError as error:
+            os.close(handle)
+            raise InputError(f"Another process is writing {place}. Wait for it, or choose another place.") from error
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)  # whoever held it has just removed it
 
 
 def output_file(path: str | Path) -> Path:

@@ -22,6 +22,7 @@ from smi.compute import fast, versions
 from smi.domains.base import PublicImages
 from smi.errors import InputError
 from smi.files import fingerprint, load_tensors, save_tensors
+from smi.interrupts import held_back
 from smi.priors import GAN, SIZE, Critic, blank_gan
 from smi.progress import track
 from smi.seeding import derive, stream
@@ -150,7 +151,8 @@ def fit_prior(
 
     public: 32×32, 1 or 3 channels. checkpoint: a file that is written atomically every ``every`` steps; where it
     exists already, training goes on from it (same images, configuration and seed, or `InputError`) and ends with the
-    same weights as an uninterrupted run. Returns the `GAN` in eval mode.
+    same weights as an uninterrupted run; Ctrl-C and SIGTERM end it after a last such writing. Returns the `GAN` in eval
+    mode.
     """
     if not isinstance(public, PublicImages):
         raise InputError(f"fit_prior takes PublicImages, not {type(public).__name__}. Wrap them: PublicImages(images).")
@@ -167,8 +169,11 @@ def fit_prior(
                 f"{checkpoint} is of another run (images, configuration or seed differ). Choose another file."
             )
         run.restore(tensors)
-    for _ in track(range(run.step, config.steps), "training the prior"):
-        run.advance()
-        if checkpoint is not None and (run.step % every == 0 or run.step == config.steps):
-            save_tensors(checkpoint, run.tensors(), {"kind": "prior checkpoint", "record": record})
+    with held_back() as stop:  # until the step is done and, where there is one, the checkpoint is written
+        for _ in track(range(run.step, config.steps), "training the prior"):
+            run.advance()
+            if checkpoint is not None and (stop() or run.step % every == 0 or run.step == config.steps):
+                save_tensors(checkpoint, run.tensors(), {"kind": "prior checkpoint", "record": record})
+            if stop():
+                break
     return run.finished(record | {"versions": versions(), "threads": torch.get_num_threads()})

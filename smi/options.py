@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
+import signal
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -11,7 +13,10 @@ from typing import Any, TypeVar
 
 import click
 
+from smi.interrupts import Stopped, stoppable
+
 Command = TypeVar("Command", bound=Callable[..., Any])
+WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
 
 
 class BadInput(click.ClickException):
@@ -21,15 +26,21 @@ class BadInput(click.ClickException):
 
 
 class Commands(click.Group):
-    """A group that turns `InputError` into a message and exit code 2, and Ctrl-C into 130."""
+    """A group that turns `InputError` and a full or read-only disk into a message and exit code 2; Ctrl-C ends with
+    130, SIGTERM with 143."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the chosen command."""
         try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
+            with stoppable():
+                return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
             click.echo("Interrupted.", err=True)
-            ctx.exit(130)
+            ctx.exit(128 + (stop.signal if isinstance(stop, Stopped) else signal.SIGINT))
+        except OSError as error:
+            if error.errno not in WRITING:
+                raise
+            raise BadInput(f"{error.filename or 'The output'} cannot be written: {error.strerror}.") from error
         except ValueError as error:
             from smi.errors import InputError
 

@@ -1,4 +1,7 @@
+import errno
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -7,6 +10,7 @@ from safetensors.torch import save_file
 from smi import files
 from smi.errors import InputError
 from smi.files import (
+    claimed,
     fingerprint,
     load_tensors,
     output_file,
@@ -147,3 +151,67 @@ def test_a_fingerprint_tells_shape_and_values():
     x = torch.arange(6.0).view(2, 3)
     assert fingerprint(x) == fingerprint(x.clone())
     assert len({fingerprint(x), fingerprint(x.view(3, 2)), fingerprint(x + 1), fingerprint(x.T)}) == 4
+
+
+# claims
+
+
+def test_a_claim_keeps_others_out_and_leaves_nothing(tmp_path):
+    with claimed(tmp_path / "out", folder=True) as folder:
+        assert folder == tmp_path / "out"
+        with pytest.raises(InputError, match="Another process is writing"), claimed(tmp_path / "out", folder=True):
+            pass
+        with claimed(tmp_path / "other.npz"):
+            pass
+    with pytest.raises(RuntimeError), claimed(tmp_path / "out", folder=True):
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_claim_of_a_killed_process_does_not_bar_the_way(tmp_path):
+    script = f"""
+import os, signal
+from smi.files import claimed
+with claimed({str(tmp_path / "out")!r}):
+    print("claimed", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "claimed\n"
+    assert [p.name for p in tmp_path.iterdir()] == [".out.smi-lock"]
+    with claimed(tmp_path / "out"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_or_missing_disk_is_told_before_any_work(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="MB left"), claimed(tmp_path / "out", room=10**18):
+        pass
+
+    def refuse(*args, **options):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(InputError, match="Read-only file system"), claimed(tmp_path / "out"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_of_many_claims_at_once_one_holds(tmp_path):
+    script = f"""
+import time
+from smi.errors import InputError
+from smi.files import claimed
+try:
+    with claimed({str(tmp_path / "out")!r}) as file:
+        time.sleep(0.5)
+        file.write_text("mine")
+        print("mine")
+except InputError as error:
+    print(error)
+"""
+    started = [subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    told = sorted(process.communicate(timeout=120)[0] for process in started)
+    assert told.count("mine\n") == 1
+    assert all(line == "mine\n" or "Another process" in line or "exists" in line for line in told)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]

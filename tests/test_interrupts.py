@@ -1,0 +1,108 @@
+"""Ctrl-C and SIGTERM: exit codes, no step cut in two, nothing lost."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from smi.interrupts import Stopped, held_back, stoppable
+
+BOTH = [signal.SIGINT, signal.SIGTERM]
+
+
+@pytest.mark.parametrize("number", BOTH)
+def test_a_signal_ends_the_block_and_what_was_there_before_comes_back(number):
+    def work():
+        with stoppable():
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+
+    before = signal.getsignal(number)
+    with pytest.raises(Stopped) as stopped:
+        work()
+    assert stopped.value.signal == number
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("number", BOTH)
+def test_a_signal_waits_for_the_end_of_the_step_and_a_second_does_not(number):
+    done = []
+
+    def work(times):
+        with stoppable(), held_back() as stop:
+            done.append(stop())
+            for _ in range(times):
+                os.kill(os.getpid(), number)
+            done.append(stop())
+
+    with pytest.raises(Stopped) as stopped:
+        work(1)
+    assert done == [None, number]
+    assert stopped.value.signal == number
+    done.clear()
+    with pytest.raises(Stopped):
+        work(2)
+    assert done == [None]
+
+
+def test_other_threads_are_left_alone():
+    seen = []
+
+    def work():
+        with stoppable(), held_back() as stop:
+            seen.append(stop())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [None]
+
+
+SCRIPT = """
+import sys
+import smi.gan
+from smi.cli import main
+real = smi.gan._Training.advance
+def advance(run):
+    real(run)
+    print("step", run.step, flush=True)
+smi.gan._Training.advance = advance
+main()
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_training_a_prior_ends_with_its_state_written_and_goes_on_to_the_same_weights(tmp_path, number, code):
+    command = [sys.executable, "-c", SCRIPT, "fit-prior", "digits", "--steps", "6", "--threads", "1", "--out"]
+    options = ["--checkpoint", str(tmp_path / "at.safetensors")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*command, str(tmp_path / "prior.safetensors"), *options],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
+    for line in process.stdout:
+        if line == "step 2\n":
+            process.send_signal(number)
+            break
+    steps, told = process.communicate(timeout=120)
+    assert process.returncode == code, told
+    assert told.rstrip().endswith("Interrupted.")
+    last = int((steps.split() or ["step", "2"])[-1])
+    assert 2 <= last < 6
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["at.safetensors"]
+    again = subprocess.run(
+        [*command, str(tmp_path / "prior.safetensors"), *options],
+        capture_output=True, text=True, env=environment, timeout=120, check=True,
+    )  # fmt: skip
+    assert again.stdout.split()[1] == str(last + 1)
+    whole = [*command, str(tmp_path / "whole.safetensors")]
+    subprocess.run(whole, capture_output=True, env=environment, timeout=120, check=True)
+    resumed, uninterrupted = (load_file(tmp_path / f"{name}.safetensors") for name in ("prior", "whole"))
+    assert resumed.keys() == uninterrupted.keys()
+    assert all(torch.equal(resumed[name], uninterrupted[name]) for name in resumed)
