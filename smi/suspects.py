@@ -89,12 +89,12 @@ def load_suspect(
 
     path: a file or a name that `smi.load_classifier` takes (everything else is then known), or a state dict in
     safetensors or by ``torch.save``, at the top or under the usual keys, with any common prefix, or a ``torch.export``
-    program, of which the weights are read and the program is not. arch: one of this
-    project's architectures or torchvision's; "timm/NAME" (needs timm); "FILE.py:factory", which **runs that file**.
-    mean, std: of the normalisation that the model was trained behind, one value or one a channel, in units of [0, 1]
-    pixels; 0 and 1 where it saw pixels in [0, 1]. They have to be said: a wrong guess would look like a bad model.
-    classes: names. size: (H, W) to which images are resized. bgr: the model takes blue first. grey:
-    it takes grey images, as three equal channels.
+    program, of which the weights are read and the program is not. arch: one of this project's architectures or
+    torchvision's; "timm/NAME" (needs timm); "FILE.py:factory", which **runs that file**; the number of classes is read
+    off the weights. mean, std: of the normalisation that the model was trained behind, one value or one a channel, in
+    units of [0, 1] pixels; 0 and 1 where it saw pixels in [0, 1]. They have to be said: a wrong guess would look like
+    a bad model. classes: names. size: (H, W) to which images are resized. bgr: the model takes blue first. grey: it
+    takes grey images, as three equal channels.
 
     Raises `InputError` for what does not fit.
     """
