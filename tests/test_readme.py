@@ -12,7 +12,7 @@ from smi.analysis import rank_correlation
 from smi.analysis.study import ANALYSIS_COLUMNS, analyse
 from smi.sources import sources
 from smi.study import Store, load_study, read_rows, summarise
-from smi.study.results import Row, as_csv, from_csv
+from smi.study.results import Row, as_csv, compare, from_csv
 
 ROOT = Path(__file__).parent.parent
 ROWS = {
@@ -93,6 +93,35 @@ def test_the_study_is_the_committed_cells_and_the_readmes_table_is_the_study() -
     )
     made = study_table(from_csv(kept))
     assert made in (ROOT / "README.md").read_text(), f"the README's table should be:\n{made}"
+
+
+def test_what_the_readme_says_of_the_study() -> None:
+    rows = from_csv((ROOT / "notebooks/results/digits.csv").read_text())
+    ibau = [row for row in rows if row["defense"] == "ibau"]
+    short = compare(ibau, "clean", "smi")
+    said = [
+        f"SMI is {100 * short.mean:.1f} points of DER below clean samples** (95 % interval over attacks "
+        f"{100 * short.low:.1f} to {100 * short.high:.1f})"
+    ]
+    for source in ("latent", "public", "random", "pixel"):
+        ahead = compare(ibau, "smi", source)
+        assert ahead.cells == 36
+        said.append(f"by {100 * ahead.mean:.1f} ({100 * ahead.low:.1f} to {100 * ahead.high:.1f})".replace("-", "−"))
+    by = {(row["attack"], row["source"]): row for row in summarise(ibau, ("attack", "source"))}
+    for attack in ("smooth", "badnets_all2all"):
+        said += [f"{100 * by[attack, source]['asr']:.1f} %" for source in ("smi", "clean")]
+    hard = ("smooth", "badnets_all2all", "wanet")
+    rest = {row["source"]: row["der"] for row in summarise([r for r in ibau if r["attack"] not in hard], ("source",))}
+    said.append(f"{100 * rest['smi']:.1f} against {100 * rest['clean']:.1f}")
+    for source in ("smi", "clean"):
+        left = {row["seed"]: row["asr"] for row in ibau if (row["attack"], row["source"]) == ("smooth", source)}
+        said.append("{:.0f}, {:.0f} and {:.0f} %".format(*(100 * left[seed] for seed in (20, 21, 22))))
+    seeds = summarise([row for row in ibau if row["source"] == "clean"], ("seed",))
+    of_seed = {row["seed"]: row["der"] for row in seeds}
+    assert max(of_seed, key=of_seed.__getitem__) == 20
+    said.append(f"{100 * of_seed[20]:.1f} there")
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert [words for words in said if words not in text] == []
 
 
 def test_the_analysis_is_that_of_the_committed_cells_and_what_the_readme_says_of_it() -> None:

@@ -16,7 +16,7 @@ from smi.errors import InputError
 from smi.files import load_tensors
 from smi.study import Store, load_study, read_rows, run_study, stages, summarise
 from smi.study.plot import plot_rates
-from smi.study.results import as_csv, as_markdown, from_csv, outcome
+from smi.study.results import as_csv, as_markdown, compare, from_csv, outcome
 from smi.study.spec import shipped
 
 
@@ -188,6 +188,26 @@ def test_the_picture_shows_means_and_what_is_missing():
     assert {(t.get_position(), t.get_text()) for t in lost.texts} == {
         ((0, 1), "5.0"), ((0, 2), "5.0"), ((1, 0), "13.0"), ((1, 1), "3.0"), ((1, 2), "9.7"),
     }  # fmt: skip
+
+
+def test_sources_are_compared_where_both_have_a_cell():
+    base = {"domain": "d", "defense": "ibau"}
+    rows = [
+        base | {"attack": f"a{attack}", "source": source, "seed": seed, "der": 0.5 + 0.1 * (source == "smi") * attack}
+        for attack in range(6)
+        for seed in range(2)
+        for source in ("smi", "latent")
+    ]
+    found = compare(rows, "smi", "latent")
+    assert (found.mean, found.cells) == (pytest.approx(0.25), 12)
+    assert 0.1 < found.low < 0.25 < found.high < 0.4  # standard error 0.07
+    back = compare(rows, "latent", "smi")
+    assert (back.mean, back.low, back.high) == pytest.approx((-found.mean, -found.high, -found.low), abs=0.01)
+    alone = {"attack": "a0", "source": "smi", "seed": 7, "der": 0.0}
+    assert compare([*rows, base | alone], "smi", "latent") == found, "a cell that the other lacks does not count"
+    assert compare([row | {"der": 0.3} for row in rows], "smi", "latent").high == 0
+    with pytest.raises(InputError, match="no cell with 'clean'"):
+        compare(rows, "clean", "smi")
 
 
 def test_the_commands(small, store, tmp_path):

@@ -7,8 +7,11 @@ import io
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from smi.errors import InputError
 from smi.study.spec import Study
@@ -17,6 +20,7 @@ from smi.study.stages import Store
 COLUMNS = (
     "domain", "attack", "source", "defense", "seed", "n", "acc_before", "asr_before", "acc", "asr", "der", "seconds",
 )  # fmt: skip
+DRAWS = 4000  # of the bootstrap
 Row = dict[str, Any]
 
 
@@ -96,6 +100,39 @@ def summarise(rows: Iterable[Row], by: Sequence[str] = ("attack", "source", "def
             summary |= {name: sum(values) / len(values), f"worst_{name}": worst(values)}
         made.append(summary)
     return made
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean difference of a rate, its 95 % interval, and the number of cells that it is of."""
+
+    mean: float
+    low: float
+    high: float
+    cells: int
+
+
+def compare(rows: Iterable[Row], source: str, other: str, rate: str = "der", *, seed: int = 0) -> Difference:
+    """How far ``source`` is above ``other`` in ``rate``, over the cells that both have.
+
+    Paired by domain, attack, defense and seed, so that a study that is still running compares like with like. The
+    interval is a percentile bootstrap over attacks: cells of one attack are not independent. Raises `InputError` where
+    the two have no cell in common.
+    """
+    found: dict[str, dict[tuple[Any, ...], float]] = {source: {}, other: {}}
+    for row in rows:
+        if row["source"] in found:
+            found[row["source"]][row["domain"], row["attack"], row["defense"], row["seed"]] = row[rate]
+    by_attack: dict[tuple[Any, ...], list[float]] = defaultdict(list)
+    for key in found[source].keys() & found[other].keys():
+        by_attack[key[:2]].append(found[source][key] - found[other][key])
+    if not by_attack:
+        raise InputError(f"The study has no cell with {source!r} that it has with {other!r}, too. Run more of it.")
+    groups = [np.array(by_attack[key]) for key in sorted(by_attack)]
+    sums, counts = (np.array([each(group) for group in groups]) for each in (np.sum, len))
+    drawn = np.random.default_rng(seed).integers(len(groups), size=(DRAWS, len(groups)))
+    low, high = np.quantile(sums[drawn].sum(1) / counts[drawn].sum(1), (0.025, 0.975))
+    return Difference(float(sums.sum() / counts.sum()), float(low), float(high), int(counts.sum()))
 
 
 def as_markdown(summary: Sequence[Row]) -> str:
