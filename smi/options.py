@@ -16,7 +16,7 @@ import click
 from smi.interrupts import Stopped, stoppable
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
+NOT_OURS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
 
 
 class BadInput(click.ClickException):
@@ -38,9 +38,9 @@ class Commands(click.Group):
             click.echo("Interrupted.", err=True)
             ctx.exit(128 + (stop.signal if isinstance(stop, Stopped) else signal.SIGINT))
         except OSError as error:
-            if error.errno not in WRITING:
+            if error.errno not in NOT_OURS:
                 raise
-            raise BadInput(f"{error.filename or 'The output'} cannot be written: {error.strerror}.") from error
+            raise BadInput(f"{error.filename or 'The output'} cannot be read or written: {error.strerror}.") from error
         except ValueError as error:
             from smi.errors import InputError
 
@@ -92,6 +92,8 @@ def suspect_options(command: Command) -> Command:
         *args: Any, arch: str | None, mean: str | None, std: str | None, classes: str | None, size: str | None,
         bgr: bool, grey: bool, **options: Any,
     ) -> Any:  # fmt: skip
+        if arch and ".py:" in arch:
+            click.echo("running {0[0]} for its function {0[2]}".format(arch.rpartition(":")), err=True)
         form = {
             "arch": arch, "mean": _numbers("--mean", mean), "std": _numbers("--std", std), "classes": _words(classes),
             "size": _size(size), "bgr": bgr, "grey": grey,

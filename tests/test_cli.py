@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import subprocess
@@ -121,6 +122,23 @@ def test_a_strangers_checkpoint_is_repaired_in_its_layout(here, monkeypatch):
     assert "<script>" not in (here / "out/report.html").read_text().partition("<main>")[2]
     assert json.loads((here / "out/report.json").read_text())["settings"]["form"]["arch"] == "small_cnn"
     assert smi_run("score", "out/repaired.pth", "images.npz", *form).exit_code == 0
+
+    (here / "ours.py").write_text(
+        "from smi.classifiers import small_cnn\ndef net(num_classes): return small_cnn(1, num_classes)"
+    )
+    form[1] = "ours.py:net"
+    scored = smi_run("score", "out/repaired.pth", "images.npz", *form)
+    assert scored.exit_code == 0, scored.output
+    assert "running ours.py for its function net" in scored.stderr
+
+
+def test_a_disk_that_fails_in_the_middle_is_told(here, monkeypatch):
+    def full(*args, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out/report.html")
+
+    monkeypatch.setattr(smi.pipeline, "remove_backdoor", full)
+    said = refused(here, "remove", "suspect.safetensors", "--prior", "prior.safetensors", "--out", "out")
+    assert "out/report.html cannot be read or written: No space left on device" in said
 
 
 def test_remove_refuses_what_does_not_fit_before_any_work(here, monkeypatch):

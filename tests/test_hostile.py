@@ -9,6 +9,7 @@ import struct
 import subprocess
 import tarfile
 import zipfile
+import zlib
 from collections import OrderedDict
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings, strategies as st
+from PIL import Image
 from safetensors.torch import save
 from torch import nn
 
@@ -23,6 +25,7 @@ from smi.checkpoints import read_checkpoint
 from smi.checkpoints.pickled import asked_for
 from smi.classifiers import architectures
 from smi.cli import cli
+from smi.domains import load_public
 from smi.errors import InputError
 
 MARK = "it_ran"
@@ -265,6 +268,48 @@ def test_bad_options_are_refused(here, options, message):
     assert message in refused(
         here, "remove", "model.pth", "--arch", "small_vgg", *options, "--prior", "digits", "--out", "out"
     )
+
+
+def huge_png():
+    """A PNG of 100 bytes that claims 60,000 × 60,000 pixels."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    size = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+    )
+
+
+IMAGES = {
+    "a bomb": (huge_png(), "decompression bomb"),
+    "empty": (b"", "cannot identify"),
+    "text": (b"no image", "cannot identify"),
+    "markup": (b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>", "cannot identify"),
+    "a pickle": (pickle.dumps(Calls(os.system, "true")), "cannot identify"),
+}
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_bad_public_images_are_refused(here, name):
+    content, message = IMAGES[name]
+    (here / "photos").mkdir()
+    (here / "photos" / "<b>.png").write_bytes(content)
+    said = refused(here, "fit-prior", "photos", "--steps", 1, "--out", "prior.safetensors")
+    assert message in said
+    assert "<b>.png" in said
+
+
+def test_a_folder_with_loops_and_pipes_is_read_without_them(here):
+    (here / "photos").mkdir()
+    Image.new("L", (32, 32), 90).save(here / "photos" / "a.png")
+    first, second = Image.new("L", (32, 32), 0), Image.new("L", (32, 32), 255)
+    first.save(here / "photos" / "b.gif", save_all=True, append_images=[second])
+    os.symlink("loop.png", here / "photos" / "loop.png")
+    os.mkfifo(here / "photos" / "pipe.png")
+    images = load_public(str(here / "photos")).images
+    assert images.mean((1, 2, 3)).tolist() == pytest.approx([90 / 255, 0]), "of an animation the first picture"
 
 
 def test_what_a_pickle_asks_for_is_read_off_it():
