@@ -89,7 +89,8 @@ def claimed(path: str | Path, *, folder: bool = False, room: int = ROOM) -> Iter
     parent = next(p for p in place.absolute().parents if p.exists())
     try:
         free = shutil.disk_usage(parent).free
-        handle, lock = _lock(parent / f".{place.name}.smi-lock", place)
+        name = "-".join(place.absolute().relative_to(parent).parts)
+        handle, lock = _lock(parent / f".{name}.smi-lock", place)
     except OSError as error:
         raise InputError(f"{place} cannot be written ({error.strerror}). Choose another place.") from error
     try:

@@ -161,7 +161,7 @@ def test_a_claim_keeps_others_out_and_leaves_nothing(tmp_path):
         assert folder == tmp_path / "out"
         with pytest.raises(InputError, match="Another process is writing"), claimed(tmp_path / "out", folder=True):
             pass
-        with claimed(tmp_path / "other.npz"):
+        with claimed(tmp_path / "other.npz"), claimed(tmp_path / "new" / "out", folder=True):
             pass
     with pytest.raises(RuntimeError), claimed(tmp_path / "out", folder=True):
         raise RuntimeError

@@ -47,12 +47,13 @@ def read_export(file: Path, archive: zipfile.ZipFile) -> Checkpoint:
     except Exception as error:  # JSON of any other shape
         raise broken(file, error, "torch.export program") from error
 
+    rest = {name: archive.read(name) for name in archive.namelist() if name not in places.values()}
+
     def pack(stored: dict[str, Tensor]) -> bytes:
-        raw = {places[name]: _bytes(value) for name, value in stored.items()}
         buffer = io.BytesIO()
-        with zipfile.ZipFile(file) as old, zipfile.ZipFile(buffer, "w") as new:
-            for name in old.namelist():
-                new.writestr(name, raw.get(name) or old.read(name))
+        with zipfile.ZipFile(buffer, "w") as made:
+            for name, content in (rest | {places[name]: _bytes(value) for name, value in stored.items()}).items():
+                made.writestr(name, content)
         return buffer.getvalue()
 
     return Checkpoint(file, tensors, pack)
