@@ -13,7 +13,7 @@ import click
 
 from smi.cli_study import study
 from smi.memory import keep_freed
-from smi.options import Commands, common, data_options, suspect_options
+from smi.options import Commands, common, data_options, force_option, resume_option, suspect_options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,8 +50,9 @@ cli.add_command(study)
 
 @cli.command(short_help="Plant a backdoor and remove it, on digits.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder, new or empty.  [default: smi-demo-SEED]")
+@force_option
 @common
-def demo(seed: int, out: Path | None) -> None:
+def demo(seed: int, out: Path | None, force: bool) -> None:
     """Plant a backdoor in a classifier of handwritten digits, and remove it without clean data.
 
     Trains the victim, inverts it with the shipped prior, repairs it, and compares with the controls. Downloads
@@ -67,10 +68,10 @@ def demo(seed: int, out: Path | None) -> None:
     from smi.priors import load_prior
     from smi.report import table, verdict, write_report
 
-    with claimed(out or _free_folder(f"smi-demo-{seed}"), folder=True) as folder:
+    with claimed(out or _free_folder(f"smi-demo-{seed}"), folder=True, force=force) as folder:
         prior = load_prior("digits")
         result = run_demo(load_domain("digits"), prior, seed=seed)
-        paths = write_report(result, folder)
+        paths = write_report(result, folder, force=force)
         click.echo(f"{table(result)}\n\n{_plain(verdict(result))}")
         _wrote(paths)
 
@@ -107,52 +108,68 @@ def lab(into: Path | None, port: int, browser: bool, options: tuple[str, ...]) -
 
 @cli.command(short_help="Remove a backdoor from a saved model.")
 @click.argument("model")
-@click.option("--prior", "prior_name", required=True, help='"digits", or a file from smi fit-prior.')
+@click.option("--prior", "prior_name", help='"digits", or a file from smi fit-prior.  [default: trained on --public]')
 @click.option("--public", "public_name", help="Unlabelled public images: a domain's name, an .npz or a folder.")
+@click.option("--prior-steps", type=click.IntRange(min=1), help="Of a prior that is trained here.  [default: 4000]")
 @click.option("--per-class", type=click.IntRange(min=1), default=PER_CLASS, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder, new or empty.")
+@force_option
+@resume_option
 @suspect_options
 @data_options
 @common
 def remove(
-    model: str,
-    prior_name: str,
-    public_name: str | None,
-    per_class: int,
-    out: Path,
-    form: dict[str, Any],
-    root: str,
-    download: bool,
-    seed: int,
-) -> None:
+    model: str, prior_name: str | None, public_name: str | None, prior_steps: int | None, per_class: int, out: Path,
+    force: bool, resume: bool, form: dict[str, Any], root: str, download: bool, seed: int,
+) -> None:  # fmt: skip
     """Remove a backdoor from MODEL without clean data.
 
     MODEL is a file of smi's, or a state dict (safetensors, or by torch.save) with --arch, --mean and --std. Nothing in
-    it is run. Public images help accuracy and are not required. Writes the repaired weights in the layout that they
-    came in, report.html and report.json.
+    it is run. Say --prior, --public or both: without a prior one is trained on the public images, which takes longer
+    than all the rest; with one, public images help accuracy. Writes the repaired weights in the layout that they came
+    in, report.html, report.json, and the prior where it was trained here. What is stopped goes on with --resume.
 
     \b
     Examples:
       smi remove suspect.safetensors --prior digits --public digits --out repaired
       smi remove suspect.pth --arch resnet18 --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225 \\
-        --prior prior.safetensors --public photographs/ --out repaired
+        --public photographs/ --out repaired
     """
+    from smi.checks import check_model
+    from smi.errors import InputError
     from smi.files import claimed
+    from smi.gan import PriorConfig, fit_prior
     from smi.pipeline import Clock, remove_backdoor
+    from smi.priors import SIZE, save_prior
     from smi.report import Removal, removal_verdict, write_report
     from smi.suspects import load_suspect
+    from smi.unfinished import workplace
 
-    with claimed(out, folder=True) as folder:
-        suspect = load_suspect(model, **form)
-        prior = _prior(prior_name, suspect.channels)
-        public = _public(public_name, prior, root, download)
-        clock = Clock()
+    if prior_name is None and public_name is None:
+        raise InputError("Say --prior, --public or both: reconstructions need public images or a prior of them.")
+    if prior_name is not None and prior_steps is not None:
+        raise InputError("--prior-steps is for a prior that is trained here. Leave it out, or --prior.")
+    with claimed(out, folder=True, force=force) as folder, workplace(folder, resume=resume, force=force) as work:
+        suspect, clock = load_suspect(model, **form), Clock()
+        if prior_name is not None:
+            prior = _prior(prior_name, suspect.channels)
+            public = None if public_name is None else _public(public_name, prior.image_shape, root, download)
+        else:
+            assert public_name is not None
+            public = _public(public_name, (suspect.channels, SIZE, SIZE), root, download)
+            config = PriorConfig() if prior_steps is None else PriorConfig(steps=prior_steps)
+            check_model(suspect.model, public.images[:1], len(suspect.classes))
+            with clock("prior"):
+                prior = fit_prior(public, config, seed=seed, checkpoint=work / "prior.safetensors")
         with clock("remove"):
-            cleaned = remove_backdoor(suspect.model, prior, public, per_class=per_class, seed=seed)
+            cleaned = remove_backdoor(suspect.model, prior, public, per_class=per_class, seed=seed, checkpoint=work)
         settings = {"model": model, "form": form, "prior": prior.record, "public": public_name, "per_class": per_class}
-        settings |= cleaned.repair.settings
+        settings |= {"resumed": resume} | cleaned.repair.settings
         removal = Removal(suspect, cleaned, seed, clock.seconds, settings)
-        paths = write_report(removal, folder)
+        paths = write_report(removal, folder, force=force)
+        if prior_name is None:
+            paths.append(folder / "prior.safetensors")
+            save_prior(prior, paths[-1])
         click.echo(_plain(removal_verdict(removal)))
         _wrote(paths)
 
@@ -160,31 +177,31 @@ def remove(
 @cli.command("fit-prior", short_help="Train a prior on public images.")
 @click.argument("public")
 @click.option("--steps", type=click.IntRange(min=1), help="Generator steps.  [default: 4000]")
-@click.option("--checkpoint", type=click.Path(path_type=Path, dir_okay=False),
-              help="Written now and then; where it exists, training goes on from it.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="File, new.")
+@force_option
+@resume_option
 @data_options
 @common
 def fit_prior_command(
-    public: str, steps: int | None, checkpoint: Path | None, out: Path, root: str, download: bool, seed: int
+    public: str, steps: int | None, out: Path, force: bool, resume: bool, root: str, download: bool, seed: int
 ) -> None:
     """Train a prior (a generator and a critic) on PUBLIC images: a domain's name, an .npz or a folder of images.
 
+    What is stopped goes on with --resume.
+
     \b
     Example:
-      smi fit-prior digits --steps 4000 --checkpoint run.safetensors --out prior.safetensors
+      smi fit-prior digits --steps 4000 --out prior.safetensors
     """
-    from smi.domains import load_public
-    from smi.files import claimed, output_file
+    from smi.files import claimed
     from smi.gan import PriorConfig, fit_prior
-    from smi.priors import save_prior
+    from smi.priors import SIZE, save_prior
+    from smi.unfinished import workplace
 
-    with claimed(out) as file:
-        if checkpoint is not None and not checkpoint.exists():
-            output_file(checkpoint)
-        images = load_public(public, root=root, download=download)
+    with claimed(out, force=force) as file, workplace(file, resume=resume, force=force) as work:
+        images = _public(public, (None, SIZE, SIZE), root, download)
         config = PriorConfig() if steps is None else PriorConfig(steps=steps)
-        prior = fit_prior(images, config, seed=seed, checkpoint=checkpoint)
+        prior = fit_prior(images, config, seed=seed, checkpoint=work / "prior.safetensors")
         save_prior(prior, file)
         _wrote([file])
 
@@ -195,11 +212,14 @@ def fit_prior_command(
 @click.option("--method", default="smi", show_default=True, help="smi, latent or pixel.")
 @click.option("--per-class", type=click.IntRange(min=1), default=PER_CLASS, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help=".npz, new; a .png is written beside it.")
+@force_option
+@resume_option
 @suspect_options
 @common
 def invert(
-    model: str, prior_name: str, method: str, per_class: int, out: Path, form: dict[str, Any], seed: int
-) -> None:
+    model: str, prior_name: str, method: str, per_class: int, out: Path, force: bool, resume: bool,
+    form: dict[str, Any], seed: int,
+) -> None:  # fmt: skip
     """Reconstruct images of every class of MODEL.
 
     Writes images (uint8, NHWC), labels and stability scores as .npz, and a picture of some of them beside it.
@@ -216,14 +236,23 @@ def invert(
     from smi.inversion import inversions, invert as run_inversion
     from smi.stability import Selection, score_samples
     from smi.suspects import load_suspect
+    from smi.unfinished import workplace
 
     chosen = inversions[method]()
-    with claimed(_suffixed(out, ".npz")) as file, claimed(out.with_suffix(".png")) as sheet:
+    place = _suffixed(out, ".npz")
+    with (
+        claimed(place, force=force) as file,
+        claimed(out.with_suffix(".png"), force=force) as sheet,
+        workplace(file, resume=resume, force=force) as work,
+    ):
         suspect = load_suspect(model, **form)
         prior = _prior(prior_name, suspect.channels)
         # Baselines keep what they make, as in the demo; choosing by stability is part of the stabilised method.
         selection = Selection() if method == "smi" else None
-        samples = run_inversion(suspect.model, prior, chosen, per_class=per_class, selection=selection, seed=seed)
+        samples = run_inversion(
+            suspect.model, prior, chosen,
+            per_class=per_class, selection=selection, seed=seed, checkpoint=work / "inversion.safetensors",
+        )  # fmt: skip
         samples = replace(samples, scores=score_samples(suspect.model, samples, seed=seed))
         labels = range(min(len(suspect.classes), 20))
         picture = reconstructions(samples, suspect.classes, labels, shown=min(per_class, 8))
@@ -243,11 +272,12 @@ def invert(
     "--divergence", default="kl", show_default=True, help="kl, cross_entropy, total_variation, margin or flip."
 )
 @click.option("--out", type=click.Path(path_type=Path), help="CSV file, new: index, label, prediction, score.")
+@force_option
 @suspect_options
 @common
 def score(
     model: str, images: str, k: int, sigma_x: float, sigma_w: float, family: str, divergence: str, out: Path | None,
-    form: dict[str, Any], seed: int,
+    force: bool, form: dict[str, Any], seed: int,
 ) -> None:  # fmt: skip
     """Score how stable MODEL's predictions are on the IMAGES of an .npz. Lower is more stable.
 
@@ -264,7 +294,7 @@ def score(
     from smi.suspects import load_suspect
     from smi_kernels import stability_scores
 
-    file = None if out is None else output_file(out)
+    file = None if out is None else output_file(out, force=force)
     loaded = load_suspect(model, **form)
     suspect, count = loaded.model, len(loaded.classes)
     pixels, labels = load_images(images)
@@ -291,12 +321,13 @@ def score(
 @click.option("--attack", "attack_name", default="badnets", show_default=True)
 @click.option("--target", type=click.IntRange(min=0), default=0, show_default=True, help="The attacker's class.")
 @click.option("--out", type=click.Path(path_type=Path), help="JSON file, new.")
+@force_option
 @suspect_options
 @data_options
 @common
 def evaluate(
     model: str, repaired: str | None, domain_name: str, attack_name: str, target: int, out: Path | None,
-    form: dict[str, Any], root: str, download: bool, seed: int,
+    force: bool, form: dict[str, Any], root: str, download: bool, seed: int,
 ) -> None:  # fmt: skip
     """Measure MODEL, and REPAIRED where it is given, with clean test images and the trigger.
 
@@ -315,7 +346,7 @@ def evaluate(
     from smi.report import text_table
     from smi.suspects import load_suspect
 
-    file = None if out is None else output_file(out)
+    file = None if out is None else output_file(out, force=force)
     attack = attacks[attack_name](target=target)
     models = {"model": load_suspect(model, **form).model}
     if repaired is not None:
@@ -347,19 +378,17 @@ def _prior(name: str, channels: int) -> GAN:
     return prior
 
 
-def _public(name: str | None, prior: GAN, root: str, download: bool) -> PublicImages | None:
-    """The public images, checked against the prior's."""
+def _public(name: str, shape: tuple[int | None, int, int], root: str, download: bool) -> PublicImages:
+    """The public images as ``shape`` (C, or None for theirs, H, W), saying so where they are others."""
     from smi.domains import load_public
-    from smi.errors import InputError
 
-    if name is None:
-        return None
     public = load_public(name, root=root, download=download)
-    if tuple(public.images.shape[1:]) != tuple(prior.image_shape):
-        raise InputError(
-            f"Public images are {tuple(public.images.shape[1:])}, the prior's {tuple(prior.image_shape)}. Resize them."
-        )
-    return public
+    given = tuple(public.images.shape[1:])
+    wanted = (shape[0] or given[0], *shape[1:])
+    if given == wanted:
+        return public
+    click.echo(f"public images {given} are used as {wanted} (channels, height, width)", err=True)
+    return public.fitted(wanted)
 
 
 def _free_folder(name: str) -> Path:

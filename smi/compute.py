@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from smi.checks import device_of, evaluating
+from smi.files import fingerprint
 
 
 def bf16_is_fast() -> bool:
@@ -63,6 +65,14 @@ def frozen(model: nn.Module) -> nn.Module:
     Channels-last, which makes a generator 1.5 times as fast on a CPU.
     """
     return copy.deepcopy(model).eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+def fingerprint_of(model: object) -> str:
+    """A short hash of a module's tensors, their names included; of anything else, its type's name."""
+    if not isinstance(model, nn.Module):
+        return type(model).__name__
+    tensors = "".join(f"{name}={fingerprint(tensor)};" for name, tensor in model.state_dict().items())
+    return hashlib.sha256(tensors.encode()).hexdigest()[:16]
 
 
 def versions() -> dict[str, str]:

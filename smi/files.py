@@ -59,14 +59,16 @@ def remove_leftovers(folder: Path, *, older: float = 3600.0) -> None:
                     file.unlink()
 
 
-def output_folder(path: str | Path) -> Path:
+def output_folder(path: str | Path, *, force: bool = False) -> Path:
     """A folder that results may be written to: new, or empty. Raises `InputError` for anything else.
+
+    force: files of the same names may be replaced; others in the folder stay.
 
     The folder itself is not made here, so that a run that fails on bad input leaves nothing behind.
     """
     folder = Path(path)
-    if folder.is_dir() and any(folder.iterdir()):
-        raise InputError(f"{folder} exists and is not empty. Nothing is overwritten: choose another folder.")
+    if folder.is_dir() and any(folder.iterdir()) and not force:
+        raise InputError(f"{folder} exists and is not empty. Choose another folder, or replace its files: --force.")
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file. Choose a folder that is new or empty.")
     parent = next(p for p in folder.absolute().parents if p.exists())
@@ -78,14 +80,15 @@ def output_folder(path: str | Path) -> Path:
 
 
 @contextmanager
-def claimed(path: str | Path, *, folder: bool = False, room: int = ROOM) -> Iterator[Path]:
+def claimed(path: str | Path, *, folder: bool = False, force: bool = False, room: int = ROOM) -> Iterator[Path]:
     """``path`` for this process alone while it works; checked as `output_file` or `output_folder` do, before any work.
 
-    room: bytes that must be free. A lock file lies beside ``path`` meanwhile; one that a killed process left does not
-    bar the way. Raises `InputError` where another process has claimed it, or where nothing can be written.
+    force: what is there may be replaced. room: bytes that must be free. A lock file lies beside ``path`` meanwhile; one
+    that a killed process left does not bar the way. Raises `InputError` where another process has claimed it, or where
+    nothing can be written.
     """
     check = output_folder if folder else output_file
-    place = check(path)
+    place = check(path, force=force)
     parent = next(p for p in place.absolute().parents if p.exists())
     try:
         free = shutil.disk_usage(parent).free
@@ -97,7 +100,7 @@ def claimed(path: str | Path, *, folder: bool = False, room: int = ROOM) -> Iter
         if free < room:
             left, least = free / 1e6, room / 1e6
             raise InputError(f"The disk of {place} has {left:.0f} MB left; at least {least:.0f} MB are needed.")
-        yield check(path)  # another process may have finished it between the first look and the lock
+        yield check(path, force=force)  # another process may have finished it between the first look and the lock
     finally:
         lock.unlink(missing_ok=True)
         os.close(handle)
@@ -122,43 +125,56 @@ def _lock(file: Path, place: Path) -> tuple[int, Path]:
         os.close(handle)  # whoever held it has just removed it
 
 
-def output_file(path: str | Path) -> Path:
-    """A file that may be created: it must not exist yet, its folder must. Raises `InputError` otherwise."""
+def output_file(path: str | Path, *, force: bool = False) -> Path:
+    """A file that may be created: it must not exist yet, but for ``force``, and its folder must. Raises `InputError`
+    otherwise."""
     file = Path(path)
-    if file.exists():
-        raise InputError(f"{file} exists. Nothing is overwritten: choose another name.")
+    if file.exists() and not (force and file.is_file()):
+        raise InputError(f"{file} exists. Choose another name, or replace it: --force.")
     if not file.absolute().parent.is_dir():
         raise InputError(f"The folder of {file} does not exist. Create {file.absolute().parent} first.")
     return file
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Save named tensors and JSON metadata as one safetensors file, atomically."""
+    """Save named tensors and JSON metadata as one safetensors file with a checksum, atomically."""
     data = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    write_atomic(Path(path), save(data, {"smi": json.dumps(metadata, sort_keys=True)}))
+    described = json.dumps(metadata, sort_keys=True)
+    write_atomic(Path(path), save(data, {"smi": described, "sha256": _checksum(data, described)}))
 
 
 def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `save_tensors` wrote. ``kind`` ("prior", "classifier", ...) must match the metadata's.
 
-    Raises `InputError` for a missing, truncated or foreign file.
+    Raises `InputError` for a missing, truncated, damaged or foreign file.
     """
     file = Path(path)
     if not file.is_file():
         raise InputError(f"There is no file {file}. Check the path.")
     try:
         with safe_open(file, framework="pt") as content:
-            metadata = json.loads((content.metadata() or {}).get("smi", "{}"))
+            head = content.metadata() or {}
+            metadata = json.loads(head.get("smi", "{}"))
             tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
     except (SafetensorError, json.JSONDecodeError, OSError) as error:
         raise InputError(f"{file} is not an intact safetensors file ({error}). Copy or make it again.") from error
     found = metadata.get("kind") if isinstance(metadata, dict) else None
     if found != kind:
         raise InputError(
-            f"{file} does not hold a {kind} of smi (its metadata says {found!r}). "
-            f"Pass a file that smi saved as a {kind}."
+            f"{file} holds no {kind} of smi (its metadata says {found!r}). Pass a file that smi saved as a {kind}."
         )
+    if "sha256" in head and head["sha256"] != _checksum(tensors, head["smi"]):
+        raise InputError(f"{file} is damaged: its checksum is not that of its content. Copy or make it again.")
     return tensors, metadata
+
+
+def _checksum(tensors: Mapping[str, Tensor], described: str) -> str:
+    total = hashlib.sha256(described.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        total.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return total.hexdigest()
 
 
 def to_half(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ an exponential moving average.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,11 @@ from smi.checks import check_number, evaluating
 from smi.compute import fast, versions
 from smi.domains.base import PublicImages
 from smi.errors import InputError
-from smi.files import fingerprint, load_tensors, save_tensors
-from smi.interrupts import held_back
+from smi.files import fingerprint
 from smi.priors import GAN, SIZE, Critic, blank_gan
 from smi.progress import track
 from smi.seeding import derive, stream
+from smi.unfinished import EVERY, Tensors, Unfinished, named, optimizer_state, part, restore_optimizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,28 +111,20 @@ class _Training:
                 kept.load_state_dict({"weight": live.weight, "bias": live.bias})
         return gan.eval()
 
-    def tensors(self) -> dict[str, Tensor]:
+    def state(self) -> Tensors:
         """Every tensor of the state, by name."""
-        parts = {"live": self.live.state_dict(), "average": self.average.state_dict()}
-        named = {f"{part}.{name}": value for part, state in parts.items() for name, value in state.items()}
-        for part, optimizer in (("g_opt", self.g_opt), ("d_opt", self.d_opt)):
-            for index, slots in optimizer.state_dict()["state"].items():
-                named |= {f"{part}.{index}.{slot}": value for slot, value in slots.items()}
-        return named | {"rng": self.rng.get_state(), "step": torch.tensor(self.step)}
+        found = named("live", self.live.state_dict()) | named("average", self.average.state_dict())
+        found |= named("g_opt", optimizer_state(self.g_opt)) | named("d_opt", optimizer_state(self.d_opt))
+        return found | {"rng": self.rng.get_state(), "step": torch.tensor(self.step)}
 
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Load what `tensors` gave."""
-        self.live.load_state_dict({k[5:]: v for k, v in tensors.items() if k.startswith("live.")})
-        self.average.load_state_dict({k[8:]: v for k, v in tensors.items() if k.startswith("average.")})
-        for part, optimizer in (("g_opt", self.g_opt), ("d_opt", self.d_opt)):
-            slots: dict[int, dict[str, Tensor]] = {}
-            for name, value in tensors.items():
-                if name.startswith(part):
-                    _, index, slot = name.split(".")
-                    slots.setdefault(int(index), {})[slot] = value
-            optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
-        self.rng.set_state(tensors["rng"])
-        self.step = int(tensors["step"])
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Load what `state` gave."""
+        self.live.load_state_dict(part("live", state))
+        self.average.load_state_dict(part("average", state))
+        restore_optimizer(self.g_opt, part("g_opt", state))
+        restore_optimizer(self.d_opt, part("d_opt", state))
+        self.rng.set_state(state["rng"])
+        self.step = int(state["step"])
 
 
 def _layers(critic: Critic) -> list[nn.Module]:
@@ -145,12 +138,12 @@ def fit_prior(
     *,
     seed: int = 0,
     checkpoint: str | Path | None = None,
-    every: int = 250,
+    every: float = EVERY,
 ) -> GAN:
     """Train a generator and critic on public images.
 
-    public: 32×32, 1 or 3 channels. checkpoint: a file that is written atomically every ``every`` steps; where it
-    exists already, training goes on from it (same images, configuration and seed, or `InputError`) and ends with the
+    public: 32×32, 1 or 3 channels. checkpoint: a file for the state, written atomically every ``every`` seconds; where
+    it exists already, training goes on from it (same images, configuration and seed, or `InputError`) and ends with the
     same weights as an uninterrupted run; Ctrl-C and SIGTERM end it after a last such writing. Returns the `GAN` in eval
     mode.
     """
@@ -162,18 +155,12 @@ def fit_prior(
         )
     record = {"config": asdict(config), "seed": seed, "public": fingerprint(public.images), "images": len(public)}
     run = _Training(public, config, seed)
-    if checkpoint is not None and Path(checkpoint).exists():
-        tensors, meta = load_tensors(checkpoint, "prior checkpoint")
-        if meta["record"] != record:
-            raise InputError(
-                f"{checkpoint} is of another run (images, configuration or seed differ). Choose another file."
-            )
-        run.restore(tensors)
-    with held_back() as stop:  # until the step is done and, where there is one, the checkpoint is written
-        for _ in track(range(run.step, config.steps), "training the prior"):
+    unfinished = Unfinished(checkpoint, "prior", record, every=every)
+    if unfinished.tensors:
+        run.restore(unfinished.tensors)
+    with unfinished.working() as after_step:
+        for _ in track(range(run.step, config.steps), "training the prior", before=run.step, total=config.steps):
             run.advance()
-            if checkpoint is not None and (stop() or run.step % every == 0 or run.step == config.steps):
-                save_tensors(checkpoint, run.tensors(), {"kind": "prior checkpoint", "record": record})
-            if stop():
-                break
+            after_step(run.state)
+    unfinished.save(run.state())
     return run.finished(record | {"versions": versions(), "threads": torch.get_num_threads()})

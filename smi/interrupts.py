@@ -55,11 +55,12 @@ def held_back() -> Iterator[Callable[[], int | None]]:
 
 @contextmanager
 def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """``handler`` for both signals in the block, where this thread may set one."""
+    """``handler`` for both signals in the block, where this thread may set one; an ignored signal stays ignored."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, handler) for number in STOPS}
+    heard = [number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in heard}
     try:
         yield
     finally:

@@ -115,6 +115,16 @@ def suspect_options(command: Command) -> Command:
     return prepared  # type: ignore[return-value]
 
 
+def force_option(command: Command) -> Command:
+    """Whether results may be replaced."""
+    return click.option("--force", is_flag=True, help="Replace what is there.")(command)
+
+
+def resume_option(command: Command) -> Command:
+    """Whether to go on with work that was stopped."""
+    return click.option("--resume", is_flag=True, help="Go on where the same command was stopped.")(command)
+
+
 def data_options(command: Command) -> Command:
     """Where torchvision's data sets lie, and whether they may be fetched."""
     command = click.option("--download", is_flag=True, help="Allow torchvision's data sets to be downloaded.")(command)

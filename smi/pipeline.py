@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from smi.sources import pseudo_labelled
 from smi.stability import Selection, kernel_backend
 
 PER_CLASS = 30
+STAGES = ("inversion", "removal")
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,11 +50,13 @@ def remove_backdoor(
     defense: Defense | None = None,
     per_class: int = PER_CLASS,
     seed: int = 0,
+    checkpoint: str | Path | None = None,
 ) -> Cleaned:
     """Remove a backdoor from ``model`` without any clean data.
 
     model: images ``[N, C, H, W]`` in [0, 1] to logits. prior: a generator of public images of that shape. public:
     unlabelled public images, on which the repaired model is held to the suspect's outputs; worth having, not needed.
+    checkpoint: a folder for the state of the work, from which it goes on where it was stopped, to the same weights.
     The rest defaults to the project's settings. The model passed in is left as it is. Raises `InputError` before any
     work where the pieces do not fit together.
 
@@ -62,10 +66,12 @@ def remove_backdoor(
     """
     check_prior(prior)
     check_public(public, prior.image_shape)
+    at = {name: None if checkpoint is None else Path(checkpoint) / f"{name}.safetensors" for name in STAGES}
     samples = invert(
-        model, prior, inversion or Stabilized(), per_class=per_class, selection=selection or Selection(), seed=seed
-    )
-    repair = (defense or IBAU()).repair(model, samples, public, seed=seed)
+        model, prior, inversion or Stabilized(),
+        per_class=per_class, selection=selection or Selection(), seed=seed, checkpoint=at["inversion"],
+    )  # fmt: skip
+    repair = (defense or IBAU()).repair(model, samples, public, seed=seed, checkpoint=at["removal"])
     return Cleaned(repair.model, samples, repair)
 
 

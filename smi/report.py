@@ -86,16 +86,17 @@ class Removal:
         }
 
 
-def write_report(run: Demo | Removal, folder: str | Path) -> list[Path]:
+def write_report(run: Demo | Removal, folder: str | Path, *, force: bool = False) -> list[Path]:
     """Write ``report.html``, ``report.json`` and the repaired weights; returns their paths.
 
     The weights go to ``repaired.safetensors``, a user's own model in the layout that it came in.
 
-    folder: new or empty, else `InputError`. Everything is composed before the first file is written.
+    folder: new or empty, else `InputError`; with ``force`` files of these names are replaced. Everything is composed
+    before the first file is written.
     """
     html = demo_page(run) if isinstance(run, Demo) else removal_page(run)
     content = json.dumps(_finite(run.summary()), indent=2, default=str, allow_nan=False) + "\n"
-    target = output_folder(folder)
+    target = output_folder(folder, force=force)
     target.mkdir(parents=True, exist_ok=True)
     suffix = ".safetensors" if isinstance(run, Demo) else run.suspect.suffix
     paths = [target / name for name in ("report.html", "report.json", f"repaired{suffix}")]

@@ -13,10 +13,14 @@ from click.testing import CliRunner
 import smi.domains
 import smi.pipeline
 import smi.priors
+import smi.unfinished
 from smi.classifiers import build_classifier
 from smi.cli import PER_CLASS, cli
+from smi.defenses import IBAU, Robust
+from smi.defenses.base import Schedule
 from smi.files import load_tensors, save_tensors
-from smi.inversion import inversions
+from smi.gan import PriorConfig, fit_prior
+from smi.inversion import Stabilized, inversions
 from smi.models import save_classifier
 from smi.options import cores
 from smi.priors import GAN, save_prior
@@ -89,6 +93,76 @@ def test_demo_refuses_a_folder_that_is_not_empty(here):
     assert "not empty" in refused(here, "demo", "--out", "full")
 
 
+def test_force_replaces_what_has_the_same_name_and_nothing_else(here, monkeypatch):
+    found = fake_run.removal().cleaned
+    monkeypatch.setattr(smi.pipeline, "remove_backdoor", lambda *args, **options: found)
+    (here / "out").mkdir()
+    for name in ("mine.txt", "report.json"):
+        (here / "out" / name).write_text("mine")
+    command = ["remove", "suspect.safetensors", "--prior", "prior.safetensors", "--out", "out"]
+    assert "--force" in refused(here, *command)
+    assert smi_run(*command, "--force").exit_code == 0
+    assert (here / "out" / "mine.txt").read_text() == "mine"
+    assert json.loads((here / "out" / "report.json").read_text())["n"]
+
+
+def test_without_a_prior_one_is_trained_on_the_public_images(here, monkeypatch):
+    found, given = fake_run.removal().cleaned, {}
+
+    def quick(model, prior, public, **options):
+        given.update(prior=prior, public=public)
+        return found
+
+    monkeypatch.setattr(smi.pipeline, "remove_backdoor", quick)
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 24, 20, 3), dtype=np.uint8)
+    np.savez("colours.npz", x_train=pixels)
+    result = smi_run(
+        "remove", "suspect.safetensors", "--public", "colours.npz", "--prior-steps", 2, "--out", "out", "--seed", 3
+    )
+    assert result.exit_code == 0, result.output
+    assert "public images (3, 24, 20) are used as (1, 32, 32)" in result.stderr
+    names = ["prior.safetensors", "repaired.safetensors", "report.html", "report.json"]
+    assert sorted(p.name for p in (here / "out").iterdir()) == names
+    assert not (here / "out.unfinished").exists()
+    assert tuple(given["public"].images.shape) == (40, 1, 32, 32)
+    again = fit_prior(given["public"], PriorConfig(steps=2), seed=3).state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in given["prior"].state_dict().items())
+    kept = smi.priors.load_prior("out/prior.safetensors")
+    assert kept.record["config"]["steps"] == 2
+    assert json.loads((here / "out/report.json").read_text())["stages"].keys() == {"prior", "remove"}
+
+
+def test_a_removal_that_is_stopped_goes_on_to_the_same_weights(here, monkeypatch):
+    quick = {"steps": 2, "images": 6, "targets": 2, "schedule": Schedule(rounds=3, distill=10.0)}
+    monkeypatch.setattr(smi.pipeline, "IBAU", lambda: IBAU(solver=Robust(**quick)))
+    monkeypatch.setattr(smi.pipeline, "Stabilized", lambda: Stabilized(steps=2, pool=1))
+    command = ["remove", "suspect.safetensors", "--prior", "prior.safetensors", "--per-class", 2]
+    assert smi_run(*command, "--out", "whole").exit_code == 0
+    real, begun = smi.unfinished.Unfinished.save, []
+
+    def save(self, state):
+        """Ctrl-C after the first state of the inversion, and after the first of the removal."""
+        real(self, state)
+        if self._kind not in begun:
+            begun.append(self._kind)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(smi.unfinished.Unfinished, "save", save)
+    assert smi_run(*command, "--out", "parts").exit_code == 130
+    assert "--resume" in refused(here, *command, "--out", "parts")
+    assert "seed was 0 there" in refused(here, *command, "--out", "parts", "--resume", "--seed", 1)
+    assert smi_run(*command, "--out", "parts", "--resume").exit_code == 130
+    assert begun == ["inversion", "removal"]
+    assert sorted(p.name for p in (here / "parts.unfinished").iterdir()) == [
+        "inversion.safetensors", "removal.safetensors"
+    ]  # fmt: skip
+    assert smi_run(*command, "--out", "parts", "--resume").exit_code == 0
+    assert not (here / "parts.unfinished").exists()
+    whole, parts = (load_tensors(here / name / "repaired.safetensors", "classifier")[0] for name in ("whole", "parts"))
+    assert all(torch.equal(parts[name], value) for name, value in whole.items())
+    assert json.loads((here / "parts/report.json").read_text())["settings"]["resumed"] is True
+
+
 def test_remove_writes_a_report(here, monkeypatch):
     found = fake_run.removal().cleaned
     monkeypatch.setattr(smi.pipeline, "remove_backdoor", lambda *args, **options: found)
@@ -150,8 +224,8 @@ def test_remove_refuses_what_does_not_fit_before_any_work(here, monkeypatch):
     assert "channels" in refused(here, *base, "colour.safetensors")
     assert "Allowed: digits" in refused(here, *base, "digit")
     assert "There is no file" in refused(here, *base, "none.safetensors")
-    np.savez("small.npz", x_train=np.zeros((4, 8, 8), np.uint8))
-    assert "Resize" in refused(here, *base, "prior.safetensors", "--public", "small.npz")
+    assert "--prior, --public or both" in refused(here, *base[:-1])
+    assert "--prior-steps" in refused(here, *base, "prior.safetensors", "--prior-steps", 3)
     assert "Did you mean 'digits'" in refused(here, *base, "prior.safetensors", "--public", "digts")
     tensors, meta = load_tensors("suspect.safetensors", "classifier")
     save_tensors("suspect.safetensors", tensors | {"mean": torch.full((1, 1, 1, 1), float("nan"))}, meta)
@@ -159,11 +233,13 @@ def test_remove_refuses_what_does_not_fit_before_any_work(here, monkeypatch):
 
 
 def test_fit_prior_writes_a_prior_that_loads(here):
-    result = smi_run("fit-prior", "digits", "--steps", 1, "--out", "new.safetensors", "--checkpoint", "at.safetensors")
+    result = smi_run("fit-prior", "digits", "--steps", 1, "--out", "new.safetensors")
     assert result.exit_code == 0, result.output
     assert smi.priors.load_prior("new.safetensors").image_shape == (1, 32, 32)
     assert "exists" in refused(here, "fit-prior", "digits", "--steps", 1, "--out", "new.safetensors")
-    assert "32×32" in refused(here, "fit-prior", small_npz(), "--steps", 1, "--out", "other.safetensors")
+    resized = smi_run("fit-prior", small_npz(), "--steps", 1, "--out", "other.safetensors")
+    assert resized.exit_code == 0, resized.output
+    assert "(1, 8, 8) are used as (1, 32, 32)" in resized.stderr
 
 
 def small_npz():

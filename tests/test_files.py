@@ -58,8 +58,9 @@ def test_an_output_folder_is_new_or_empty(tmp_path):
     assert not (tmp_path / "a").exists()  # bad input found later leaves nothing behind
     assert output_folder(str(tmp_path)) == tmp_path
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="not empty"):
+    with pytest.raises(InputError, match=r"not empty.*--force"):
         output_folder(tmp_path)
+    assert output_folder(tmp_path, force=True) == tmp_path
     with pytest.raises(InputError, match="is a file"):
         output_folder(tmp_path / "file")
     with pytest.raises(InputError, match="file/inside"):
@@ -81,8 +82,11 @@ def test_an_output_folder_must_be_writable(tmp_path, monkeypatch):
 def test_an_output_file_is_new(tmp_path):
     assert output_file(tmp_path / "a.npz") == tmp_path / "a.npz"
     (tmp_path / "a.npz").touch()
-    with pytest.raises(InputError, match="Nothing is overwritten"):
+    with pytest.raises(InputError, match=r"exists.*--force"):
         output_file(tmp_path / "a.npz")
+    assert output_file(tmp_path / "a.npz", force=True) == tmp_path / "a.npz"
+    with pytest.raises(InputError, match="exists"):
+        output_file(tmp_path, force=True)  # a folder cannot be replaced by a file
     with pytest.raises(InputError, match="does not exist"):
         output_file(tmp_path / "missing" / "a.npz")
 
@@ -106,7 +110,7 @@ def test_tensors_come_back(saved):
 
 
 def test_the_kind_must_match(saved):
-    with pytest.raises(InputError, match=r"does not hold a classifier.*'prior'"):
+    with pytest.raises(InputError, match=r"holds no classifier.*'prior'"):
         load_tensors(saved, "classifier")
 
 

@@ -80,10 +80,9 @@ main()
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_training_a_prior_ends_with_its_state_written_and_goes_on_to_the_same_weights(tmp_path, number, code):
     command = [sys.executable, "-c", SCRIPT, "fit-prior", "digits", "--steps", "6", "--threads", "1", "--out"]
-    options = ["--checkpoint", str(tmp_path / "at.safetensors")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [*command, str(tmp_path / "prior.safetensors"), *options],
+        [*command, str(tmp_path / "prior.safetensors")],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
     )  # fmt: skip
     for line in process.stdout:
@@ -95,12 +94,16 @@ def test_training_a_prior_ends_with_its_state_written_and_goes_on_to_the_same_we
     assert told.rstrip().endswith("Interrupted.")
     last = int((steps.split() or ["step", "2"])[-1])
     assert 2 <= last < 6
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["at.safetensors"]
+    assert [p.name for p in tmp_path.iterdir()] == ["prior.safetensors.unfinished"]
+    refused = subprocess.run([*command, str(tmp_path / "prior.safetensors")], capture_output=True, env=environment)
+    assert refused.returncode == 2
+    assert b"--resume" in refused.stderr
     again = subprocess.run(
-        [*command, str(tmp_path / "prior.safetensors"), *options],
+        [*command, str(tmp_path / "prior.safetensors"), "--resume"],
         capture_output=True, text=True, env=environment, timeout=120, check=True,
     )  # fmt: skip
     assert again.stdout.split()[1] == str(last + 1)
+    assert [p.name for p in tmp_path.iterdir()] == ["prior.safetensors"]
     whole = [*command, str(tmp_path / "whole.safetensors")]
     subprocess.run(whole, capture_output=True, env=environment, timeout=120, check=True)
     resumed, uninterrupted = (load_file(tmp_path / f"{name}.safetensors") for name in ("prior", "whole"))

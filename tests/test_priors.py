@@ -7,7 +7,7 @@ from torch.nn.utils import parametrize
 from smi import gan
 from smi.domains import PublicImages
 from smi.errors import InputError
-from smi.files import load_tensors
+from smi.files import load_tensors, save_tensors
 from smi.gan import PriorConfig, fit_prior
 from smi.priors import GAN, GeneratorPrior, Prior, load_prior, sample_latents, save_prior
 
@@ -108,10 +108,10 @@ def test_an_interrupted_run_resumes_to_the_same_bits(fitted, stop_after, tmp_pat
     checkpoint = tmp_path / "run.safetensors"
     stop_after(5)
     with pytest.raises(Interrupted):
-        fit_prior(PUBLIC, CONFIG, seed=1, checkpoint=checkpoint, every=2)
+        fit_prior(PUBLIC, CONFIG, seed=1, checkpoint=checkpoint, every=0)
     resumed = stop_after(None)
-    assert equal(fit_prior(PUBLIC, CONFIG, seed=1, checkpoint=checkpoint, every=2), fitted)
-    assert resumed == [4, 5]  # from the last checkpoint, not from the start
+    assert equal(fit_prior(PUBLIC, CONFIG, seed=1, checkpoint=checkpoint), fitted)
+    assert resumed == [5]  # from the last checkpoint, not from the start
     done = stop_after(None)
     assert equal(fit_prior(PUBLIC, CONFIG, seed=1, checkpoint=checkpoint), fitted)
     assert done == []
@@ -126,7 +126,7 @@ def test_the_checkpoint_of_another_run_is_refused(stop_after, tmp_path):
         (PUBLIC, PriorConfig(steps=2, batch_size=8), 0),
         (PublicImages(noise(20, 1, 32, 32, seed=1)), PriorConfig(steps=1, batch_size=8), 0),
     ]:
-        with pytest.raises(InputError, match="of another run"):
+        with pytest.raises(InputError, match="is of another prior"):
             fit_prior(public, config, seed=seed, checkpoint=checkpoint)
     assert not made
     assert checkpoint.read_bytes() == before
@@ -134,7 +134,7 @@ def test_the_checkpoint_of_another_run_is_refused(stop_after, tmp_path):
 
 def test_a_finished_prior_is_no_checkpoint(fitted, tmp_path):
     save_prior(fitted, tmp_path / "prior.safetensors")
-    with pytest.raises(InputError, match="does not hold a prior checkpoint"):
+    with pytest.raises(InputError, match="holds no unfinished prior"):
         fit_prior(PUBLIC, CONFIG, checkpoint=tmp_path / "prior.safetensors")
 
 
@@ -227,10 +227,10 @@ def test_loading_what_is_no_prior(fitted, tmp_path):
         ({"channels": 10**9}, "describes no prior"),
         ({"latent_dim": 10**9}, "describes no prior"),
     ]:
-        gan.save_tensors(file, tensors, meta | change)
+        save_tensors(file, tensors, meta | change)
         with pytest.raises(InputError, match=message):
             load_prior(file)
-    gan.save_tensors(file, tensors, {"kind": "prior"})
+    save_tensors(file, tensors, {"kind": "prior"})
     with pytest.raises(InputError, match=r"other\.safetensors"):
         load_prior(file)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
@@ -16,10 +17,26 @@ from torch.nn import functional as F
 
 from smi.augment import vary
 from smi.checks import check_model, check_number
-from smi.compute import Runner, fast, frozen
+from smi.compute import Runner, fast, fingerprint_of, frozen
 from smi.domains.base import PublicImages, Samples
 from smi.errors import InputError
+from smi.files import fingerprint
 from smi.seeding import stream
+from smi.unfinished import (
+    EVERY,
+    Moving,
+    Tensors,
+    Unfinished,
+    current,
+    keeping,
+    named,
+    nothing_kept,
+    optimizer_state,
+    part,
+    restore,
+    restore_optimizer,
+    states,
+)
 from smi_kernels import Registry
 
 
@@ -64,13 +81,23 @@ class Defense:
     needs_samples: ClassVar[bool] = True
 
     def repair(
-        self, model: nn.Module, samples: Samples | None = None, public: PublicImages | None = None, *, seed: int = 0
+        self,
+        model: nn.Module,
+        samples: Samples | None = None,
+        public: PublicImages | None = None,
+        *,
+        seed: int = 0,
+        checkpoint: str | Path | None = None,
+        every: float = EVERY,
     ) -> Repair:
         """Repair a copy of ``model``; the model passed in is left as it is.
 
         samples: labelled images (`smi.invert` makes them), or None for a defense that needs none. public: unlabelled
         public images, on which the repaired model is held to the suspect model's own outputs where the defense distils.
-        Raises `InputError` for anything else, a `PrivateSet` or an attack above all.
+        checkpoint: a file for the state, written every ``every`` seconds and before Ctrl-C and SIGTERM end the work;
+        where it exists, the repair goes on from it, to the same weights. I-BAU with its robust solvers and fine-tuning
+        can do that; other defenses begin again. Raises `InputError` for anything else, a `PrivateSet` or an attack
+        above all.
         """
         if samples is None and not self.needs_samples:
             check_public(public, None)
@@ -83,7 +110,13 @@ class Defense:
             )
         check_model(model, samples.images, samples.num_classes)
         check_public(public, samples.images.shape[1:])
-        return self._repair(model, samples, public, seed)
+        if checkpoint is None:
+            return self._repair(model, samples, public, seed)
+        record = self.settings() | {"seed": seed, "model": fingerprint_of(model)}
+        record |= {"images": fingerprint(samples.images), "labels": fingerprint(samples.labels)}
+        record |= {"public": None if public is None else fingerprint(public.images)}
+        with keeping(Unfinished(checkpoint, "removal", record, every=every)):
+            return self._repair(model, samples, public, seed)
 
     def _repair(self, model: nn.Module, samples: Samples, public: PublicImages | None, seed: int) -> Repair:
         raise NotImplementedError
@@ -176,37 +209,58 @@ def train_repair(
     seed: int,
     before_round: BeforeRound | None = None,
     after_step: AfterStep | None = None,
+    moving: Sequence[Moving] | None = None,
 ) -> tuple[nn.Module, list[float]]:
     """The shared loop. ``loss(run, images, labels)`` is minimised on shuffled batches, in eval mode throughout.
 
     Eval mode keeps BatchNorm statistics, which a few hundred samples would spoil. ``before_round(model, round)`` is
-    called before each pass, ``after_step(model)`` after each step. Returns the repaired copy and the mean loss of each
-    round.
+    called before each pass, ``after_step(model)`` after each step. moving: all that ``loss`` and ``before_round``
+    change, their random generators included; with it the loop goes on from the repair's checkpoint, without it (None)
+    it begins again. Returns the repaired copy and the mean loss of each round.
     """
     repaired = copy.deepcopy(model).eval()
     optimizer = torch.optim.AdamW(repaired.parameters(), schedule.lr, weight_decay=schedule.weight_decay)
     steps = min(max(LEAST_STEPS, len(samples) // schedule.batch_size), len(samples))
-    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_cosine(schedule.rounds * steps))
-    rng, curve, follow = stream(seed, "repair"), [], _follower.get()
+    rate = _warm_cosine(schedule.rounds * steps)
+    rng, follow = stream(seed, "repair"), _follower.get()
+    curve: list[float] = []
+
+    def state() -> Tensors:
+        found = named("model", repaired.state_dict()) | named("optimizer", optimizer_state(optimizer))
+        return (
+            found | named("moving", states([rng, *(moving or ())])) | {"loss": torch.tensor(curve, dtype=torch.float64)}
+        )
+
+    unfinished = nothing_kept() if moving is None else current()
+    if "loss" in unfinished.tensors:
+        left = unfinished.tensors
+        repaired.load_state_dict(part("model", left))
+        restore_optimizer(optimizer, part("optimizer", left))
+        restore([rng, *(moving or ())], part("moving", left))
+        curve += left["loss"].tolist()
     if follow is not None:
-        follow(repaired, 0)
-    for index in range(schedule.rounds):
-        if before_round is not None:
-            before_round(repaired, index)
-        total = 0.0
-        with fast(repaired) as run:
-            for batch in _batches(len(samples), steps, rng):
-                value = loss(run, samples.images[batch], samples.labels[batch])
-                optimizer.zero_grad()
-                value.backward()
-                optimizer.step()
-                if after_step is not None:
-                    after_step(repaired)
-                decay.step()
-                total += value.item()
-        curve.append(total / steps)
-        if follow is not None:
-            follow(repaired, index + 1)
+        follow(repaired, len(curve))
+    with unfinished.working() as after_round:
+        for index in range(len(curve), schedule.rounds):
+            if before_round is not None:
+                before_round(repaired, index)
+            total = 0.0
+            with fast(repaired) as run:
+                for step, batch in enumerate(_batches(len(samples), steps, rng), index * steps):
+                    for group in optimizer.param_groups:
+                        group["lr"] = schedule.lr * rate(step)
+                    value = loss(run, samples.images[batch], samples.labels[batch])
+                    optimizer.zero_grad()
+                    value.backward()
+                    optimizer.step()
+                    if after_step is not None:
+                        after_step(repaired)
+                    total += value.item()
+            curve.append(total / steps)
+            if follow is not None:
+                follow(repaired, index + 1)
+            after_round(state)
+    unfinished.save(state())
     return repaired, curve
 
 

@@ -23,11 +23,12 @@ class FineTune(Defense):
     name = "ft"
 
     def _repair(self, model: nn.Module, samples: Samples, public: PublicImages | None, seed: int) -> Repair:
-        distil = Distillation(model, public, stream(seed, "distil"))
+        rng = stream(seed, "distil")
+        distil = Distillation(model, public, rng)
 
         def loss(run: Runner, images: Tensor, labels: Tensor) -> Tensor:
             value = F.cross_entropy(run(images), labels)
             return value + self.schedule.distill * distil(run, images) if self.schedule.distill else value
 
-        repaired, curve = train_repair(model, samples, self.schedule, loss, seed=seed)
+        repaired, curve = train_repair(model, samples, self.schedule, loss, seed=seed, moving=[rng])
         return Repair(repaired, self.name, samples.source, self.settings(), {"loss": curve})

@@ -37,14 +37,15 @@ class Restarted(Robust):
     forget: float = 0.8
 
     name = "restarted"
+    hold_stream: ClassVar[str] = "hold"
     least_steps: ClassVar[int] = LEAST_STEPS
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("forget", self.forget, low=0, high=0.999)
 
-    def _hold(self, model: nn.Module, public: PublicImages | None, seed: int) -> Hold:
-        return TrustedLabels(model, public, stream(seed, "hold"))
+    def _hold(self, model: nn.Module, public: PublicImages | None, rng: torch.Generator) -> Hold:
+        return TrustedLabels(model, public, rng)
 
     def _start(self, model: nn.Module, images: Tensor, public: PublicImages | None, seed: int) -> nn.Module:
         """The suspect with most of its weights forgotten."""

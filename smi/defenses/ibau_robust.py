@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -33,6 +33,7 @@ from smi.defenses.universal import AWAY, concentrate, fooling_rate, into_ball, n
 from smi.domains.base import PublicImages, Samples
 from smi.files import fingerprint
 from smi.seeding import stream
+from smi.unfinished import Tensors, current
 
 SPARSEST = 0.02  # of the pixels, in what is stamped
 
@@ -65,6 +66,7 @@ class Robust:
     renew: int = 1
 
     name = "robust"
+    hold_stream: ClassVar[str] = "distil"
     least_steps: ClassVar[int] = 10
     """Steps a round, at least: with few samples smaller batches, or the min-max ends before it has settled."""
 
@@ -89,11 +91,12 @@ class Robust:
         That δ, and the log's radius and fooling rates before and after, are at the natural radius, where a class that
         is easy to reach stands out. What is unlearned is longer, see ``reach``.
         """
-        adversary = _Adversary(self, model, samples, public, stream(seed, "inner"))
+        inner, held, shared = (stream(seed, name) for name in ("inner", self.hold_stream, "public"))
+        adversary = _Adversary(self, model, samples, public, inner)
         classes = torch.arange(samples.num_classes)
-        first = adversary.search(model, classes, adversary.natural)
-        hold = self._hold(model, public, seed)
-        more = _PseudoLabelled(model, public, stream(seed, "public")) if public is not None and self.public else None
+        first = current().once("search", inner, lambda: adversary.search(model, classes, adversary.natural))
+        hold = self._hold(model, public, held)
+        more = _PseudoLabelled(model, public, shared) if public is not None and self.public else None
 
         def loss(run: Runner, images: Tensor, labels: Tensor) -> Tensor:
             if not adversary.awake:
@@ -109,20 +112,23 @@ class Robust:
         start = self._start(model, samples.images, public, seed)
         fitting = max(2, len(samples) // self.least_steps)
         schedule = replace(self.schedule, batch_size=min(self.schedule.batch_size, fitting))
-        repaired, curve = train_repair(start, samples, schedule, loss, seed=seed, before_round=adversary.before_round)
+        repaired, curve = train_repair(
+            start, samples, schedule, loss,
+            seed=seed, before_round=adversary.before_round, moving=[adversary, inner, held, shared],
+        )  # fmt: skip
         after = adversary.search(repaired, classes, adversary.natural)
         log = {
             "loss": curve,
             "fooling": adversary.curve,
             "radius": adversary.natural,
-            "fooling_before": first.rates.tolist(),
-            "fooling_after": after.rates.tolist(),
+            "fooling_before": first["rates"].tolist(),
+            "fooling_after": after["rates"].tolist(),
         }
-        return repaired, log, first.delta
+        return repaired, log, first["delta"]
 
-    def _hold(self, model: nn.Module, public: PublicImages | None, seed: int) -> Hold:
+    def _hold(self, model: nn.Module, public: PublicImages | None, rng: torch.Generator) -> Hold:
         """What holds clean behaviour: a loss on unstamped samples, weighted by ``schedule.distill``."""
-        distil = Distillation(model, public, stream(seed, "distil"))
+        distil = Distillation(model, public, rng)
         return lambda run, images, labels: distil(run, images)
 
     def _clean(self, run: Runner, hold: Hold, images: Tensor, labels: Tensor) -> Tensor:
@@ -173,13 +179,6 @@ def _remembered_radius(
     return radius
 
 
-@dataclass
-class _Found:
-    delta: Tensor
-    rates: Tensor
-    natural: Tensor  # rates when shortened to the natural radius
-
-
 class _Adversary:
     """The inner level: universal δ's against the current model, and how much each still fools."""
 
@@ -203,10 +202,26 @@ class _Adversary:
         else:
             images = public.images[torch.randperm(len(public), generator=self.rng)[:count]]
             labels = predict(suspect, images).argmax(1)
-        return _remembered_radius(suspect, images, labels, self.samples.num_classes, self.config, self.rng)
 
-    def search(self, model: nn.Module, targets: Tensor, radius: float) -> _Found:
-        """Fresh δ's of norm ``radius`` at most, with their fooling rates on samples they were not searched on."""
+        def found() -> Tensors:
+            classes = self.samples.num_classes
+            radius = _remembered_radius(suspect, images, labels, classes, self.config, self.rng)
+            return {"radius": torch.tensor(radius, dtype=torch.float64)}
+
+        return float(current().once("radius", self.rng, found)["radius"])
+
+    def state(self) -> Tensors:
+        """The δ's, how they fool, and the curve of that."""
+        curve = torch.tensor(self.curve, dtype=torch.float64)
+        return {"delta": self.delta, "rates": self.rates, "curve": curve}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take up what `state` gave."""
+        self.delta, self.rates, self.curve = state["delta"], state["rates"], state["curve"].tolist()
+
+    def search(self, model: nn.Module, targets: Tensor, radius: float) -> Tensors:
+        """Fresh δ's of norm ``radius`` at most, their rates on samples that they were not searched on, and their rates
+        when they are shortened to the natural radius."""
         images, labels = self._draw(2 * self.config.images)
         half = len(images) // 2 or 1
         with fast(frozen(model)) as run:
@@ -216,7 +231,7 @@ class _Adversary:
             held, called = images[half:], labels[half:]
             rates = fooling_rate(run, held, called, targets, delta)
             shorter = into_ball(delta, self.natural)
-            return _Found(delta, rates, fooling_rate(run, held, called, targets, shorter))
+            return {"delta": delta, "rates": rates, "natural": fooling_rate(run, held, called, targets, shorter)}
 
     def before_round(self, model: nn.Module, index: int) -> None:
         """Every few rounds renew the δ's of the targets that fooled most when last tried (ties at random)."""
@@ -226,8 +241,8 @@ class _Adversary:
         tie = torch.rand(len(self.rates), generator=self.rng) * 1e-3
         chosen = (self.rates + tie).argsort(descending=True)[: self.config.targets]
         found = self.search(model, self.classes[chosen], self.radius)
-        self.delta[chosen], self.rates[chosen] = found.delta, found.rates
-        self.curve.append(found.natural.max().item())  # at C a sound model is fooled as well
+        self.delta[chosen], self.rates[chosen] = found["delta"], found["rates"]
+        self.curve.append(found["natural"].max().item())  # at C a sound model is fooled as well
 
     def stamp(self, images: Tensor) -> Tensor:
         """Each image with one δ, drawn in proportion to how much it fools, from spread out to a few pixels."""

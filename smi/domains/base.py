@@ -15,9 +15,12 @@ from typing import Self
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from smi.checks import check_images, check_labels
 from smi.errors import InputError
+
+LUMINANCE = (0.299, 0.587, 0.114)  # of red, green and blue (ITU-R BT.601), as Pillow turns colours into grey
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +59,17 @@ class PublicImages:
 
     def __repr__(self) -> str:
         return f"PublicImages({len(self)} images, {tuple(self.images.shape[1:])})"
+
+    def fitted(self, shape: tuple[int, int, int]) -> PublicImages:
+        """The same images as ``(C, H, W)``: resized, and grey from colour (by luminance) or as three equal channels."""
+        images, (channels, *size) = self.images, shape
+        if channels != images.shape[1]:
+            weights = images.new_tensor(LUMINANCE).view(1, 3, 1, 1)
+            grey = (images * weights).sum(1, keepdim=True) if images.shape[1] == 3 else images
+            images = grey.expand(-1, channels, -1, -1)
+        if tuple(images.shape[2:]) != tuple(size):
+            images = F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
+        return PublicImages(images.clamp(0, 1).contiguous())
 
 
 @dataclass(frozen=True, eq=False)

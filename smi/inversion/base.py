@@ -6,20 +6,22 @@ together by Adam so that the images they stand for are classified as y.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from smi.checks import check_model, check_number
-from smi.compute import Runner, fast, frozen, mixed
+from smi.compute import Runner, fast, fingerprint_of, frozen, mixed
 from smi.domains.base import Samples
 from smi.errors import InputError
 from smi.priors import Prior, check_prior
 from smi.progress import track
 from smi.seeding import stream
 from smi.stability import Selection, select_stable
+from smi.unfinished import EVERY, AfterStep, Tensors, Unfinished, named, optimizer_state, part, restore_optimizer
 from smi_kernels import Registry
 
 
@@ -33,6 +35,9 @@ class Task:
     labels: Tensor
     rng: torch.Generator
     progress: float = 0.0
+    after_step: AfterStep = lambda state: None
+    left: Tensors = field(default_factory=dict)
+    """What a search that was stopped left behind; empty where it begins."""
 
     def generate(self, z: Tensor) -> Tensor:
         """Images float32 ``[N, C, H, W]`` in [0, 1] for latents, through the prior."""
@@ -77,9 +82,13 @@ class Inversion:
 
     def optimise(self, task: Task) -> Tensor:
         """The loop. Returns images ``[N, C, H, W]``, detached."""
-        variable = self.start(task).requires_grad_()
+        left = task.left
+        variable = (left["variable"] if left else self.start(task)).requires_grad_()
         optimizer = torch.optim.Adam([variable], self.lr)
-        for step in range(self.steps):
+        if left:
+            restore_optimizer(optimizer, part("optimizer", left))
+            task.rng.set_state(left["rng"])
+        for step in range(int(left.get("steps", 0)), self.steps):
             task.progress = step / self.steps
             loss = self.objective(self.render(variable, task), variable, task)
             optimizer.zero_grad()
@@ -87,6 +96,8 @@ class Inversion:
             optimizer.step()
             with torch.no_grad():
                 self.project(variable)
+            done = {"steps": torch.tensor(step + 1), "rng": task.rng.get_state(), "variable": variable}
+            task.after_step(lambda done=done: done | named("optimizer", optimizer_state(optimizer)))  # type: ignore[misc]
         with torch.no_grad():
             return self.render(variable, task).clamp(0, 1)
 
@@ -105,14 +116,17 @@ def invert(
     selection: Selection | None = None,
     classes: int | None = None,
     seed: int = 0,
+    checkpoint: str | Path | None = None,
+    every: float = EVERY,
 ) -> Samples:
     """Reconstruct ``per_class`` images of every class of the suspect model, without any in-distribution data.
 
     model: images in [0, 1] to logits. prior: a generator of public images; the pixel methods use its image shape
     only. selection: ``selection.oversample`` times as many candidates are made and the most stable ones kept; None
-    keeps what the inversion gave, unscored. classes: the class count, checked where given. Returns `Samples`, class
-    by class, source ``method.name``. Raises `InputError` before any work where model, prior and class count do not
-    fit together.
+    keeps what the inversion gave, unscored. classes: the class count, checked where given. checkpoint: a file for the
+    state, written every ``every`` seconds and before Ctrl-C and SIGTERM end the work; where it exists, the inversion
+    goes on from it, to the same images. Returns `Samples`, class by class, source ``method.name``. Raises `InputError`
+    before any work where model, prior and class count do not fit together.
     """
     check_number("per_class", per_class, low=1, integer=True)
     if not isinstance(method, Inversion):
@@ -123,10 +137,26 @@ def invert(
     if isinstance(prior, nn.Module):
         prior = cast(Prior, frozen(prior))
     count = per_class * (1 if selection is None else selection.oversample)
-    images, batches = [], _batches(num_classes, count, joint=method.joint)
-    with fast(suspect) as run:
-        for index, labels in enumerate(track(batches, f"inversion ({method.name})")):
-            images.append(method.optimise(Task(suspect, run, prior, labels, stream(seed, f"invert/{index}"))))
+    batches = _batches(num_classes, count, joint=method.joint)
+    record = {"method": method.name} | asdict(method) | {"count": count, "seed": seed}
+    if checkpoint is not None:
+        record |= {"model": fingerprint_of(model), "prior": fingerprint_of(prior)}
+    unfinished = Unfinished(checkpoint, "inversion", record, every=every)
+    images = list(part("images", unfinished.tensors).values())
+    search = part("search", unfinished.tensors)
+
+    def so_far() -> Tensors:
+        return {f"images.{index}": done for index, done in enumerate(images)}
+
+    steps = track(batches[len(images) :], f"inversion ({method.name})", total=len(batches), before=len(images))
+    with fast(suspect) as run, unfinished.working() as after_step:
+        for labels in steps:
+            task = Task(suspect, run, prior, labels, stream(seed, f"invert/{len(images)}"), left=search)
+            task.after_step = lambda state: after_step(lambda: so_far() | named("search", state()))
+            images.append(method.optimise(task))
+            search = {}
+            after_step(so_far)
+    unfinished.save(so_far())
     labels = torch.cat(batches)
     order = labels.argsort(stable=True)
     samples = Samples(torch.cat(images)[order], labels[order], num_classes, method.name)

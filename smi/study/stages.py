@@ -81,7 +81,7 @@ def make_prior(place: Place, store: Store) -> str:
     file = store.kept("priors", digest(made_from))  # places with the same public images share it
     if not is_whole(file, "prior"):
         checkpoint = file.with_suffix(".checkpoint")
-        is_whole(checkpoint, "prior checkpoint")  # training goes on from it where it is whole
+        is_whole(checkpoint, "unfinished prior")  # training goes on from it where it is whole
         save_prior(fit_prior(images, config, seed=PRIOR_SEED, checkpoint=checkpoint), file)
     return str(file)
 

@@ -1,0 +1,189 @@
+"""Work that is stopped goes on to the same result, does nothing twice, and trusts no state that is not its own."""
+
+import os
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import TinyPrior, noise, tiny_model
+
+from smi.defenses import IBAU, FineTune, Robust, ibau_robust
+from smi.defenses.base import Schedule, following
+from smi.defenses.ibau_restarted import Restarted
+from smi.domains import PublicImages, Samples
+from smi.errors import InputError
+from smi.interrupts import Stopped, stoppable
+from smi.inversion import DeepInversion, Latent, Pixel, Stabilized, invert
+from smi.unfinished import Unfinished, workplace
+
+METHODS = {
+    "smi": Stabilized(steps=4, pool=2),
+    "smi/random": Stabilized(steps=4, pool=2, inner="random", warmup=0.0),
+    "latent": Latent(steps=4, pool=2),
+    "pixel": Pixel(steps=4),
+    "deepinversion": DeepInversion(steps=4),
+}
+PUBLIC = PublicImages(noise(40, 1, 8, 8, seed=9))
+SAMPLES = Samples(noise(24, 1, 8, 8, seed=8), torch.arange(24) % 3, 3, "smi")
+FEW = {"goal": 0.3, "steps": 2, "images": 6, "targets": 2}
+DEFENSES = {
+    "robust": IBAU(solver=Robust(schedule=Schedule(rounds=5, distill=10.0, batch_size=8), **FEW)),
+    "restarted": IBAU(solver=Restarted(schedule=Schedule(rounds=5, distill=10.0, batch_size=8), **FEW)),
+    "ft": FineTune(schedule=Schedule(rounds=5, batch_size=8, distill=1.0)),
+}
+
+
+def stop_at(monkeypatch, method, call):
+    """The objective's ``call``-th evaluation sends SIGTERM; None: no evaluation does. Returns the list of calls."""
+    calls, real = [], type(method).objective
+
+    def objective(self, *args):
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, *args)
+
+    monkeypatch.setattr(type(method), "objective", objective)
+    return calls
+
+
+def reconstruct(method, checkpoint=None):
+    return invert(tiny_model(), TinyPrior(), method, per_class=3, seed=4, checkpoint=checkpoint)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("call", [1, 2, 4, 7])
+def test_an_inversion_goes_on_to_the_same_images(tmp_path, monkeypatch, name, call):
+    method, file = METHODS[name], tmp_path / "state"
+    with monkeypatch.context() as patch:
+        whole, calls = reconstruct(method).images, stop_at(patch, method, None)
+        reconstruct(method)
+        total = len(calls)
+    if call > total:
+        pytest.skip("all classes at once have fewer steps")
+    with monkeypatch.context() as patch:
+        first = stop_at(patch, method, call)
+        with stoppable(), pytest.raises(Stopped) as stopped:
+            reconstruct(method, file)
+    assert stopped.value.signal == signal.SIGTERM
+    assert len(first) == call  # the step in hand was finished, and no other begun
+    with monkeypatch.context() as patch:
+        second = stop_at(patch, method, None)
+        assert torch.equal(reconstruct(method, file).images, whole)
+        assert call + len(second) == total
+        assert torch.equal(reconstruct(method, file).images, whole)
+        assert call + len(second) == total  # what is finished stays so
+
+
+@pytest.mark.parametrize("name", DEFENSES)
+@pytest.mark.parametrize("public", [PUBLIC, None])
+@pytest.mark.parametrize("at", [0, 2, 4])
+def test_a_removal_goes_on_to_the_same_weights(tmp_path, monkeypatch, name, public, at):
+    defense, file = DEFENSES[name], tmp_path / "state"
+    ibau_robust._radii.clear()
+    whole = defense.repair(tiny_model(), SAMPLES, public, seed=3)
+    rounds = []
+
+    def stop(model, index):
+        rounds.append(index)
+        if index == at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with stoppable(), following(stop), pytest.raises(Stopped):
+        defense.repair(tiny_model(), SAMPLES, public, seed=3, checkpoint=file)
+    assert rounds == list(range(max(2, at + 1)))[: len(rounds)]
+    ibau_robust._radii.clear()
+    again = []
+    with monkeypatch.context() as patch:
+        if file.exists() and name != "ft":  # what came before the rounds is not done again
+            patch.setattr(ibau_robust, "natural_radius", None)
+        with following(lambda model, index: again.append(index)):
+            resumed = defense.repair(tiny_model(), SAMPLES, public, seed=3, checkpoint=file)
+    if at:
+        assert again == list(range(at, 6))
+    assert resumed.log == whole.log
+    assert resumed.delta is whole.delta is None or torch.equal(resumed.delta, whole.delta)
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], value), name
+
+
+def test_another_works_state_is_refused_and_says_what_differs(tmp_path):
+    file = tmp_path / "state"
+    reconstruct(METHODS["latent"], file)
+    before = file.read_bytes()
+    with pytest.raises(InputError, match="another inversion: seed was 4 there and is 5 here"):
+        invert(tiny_model(), TinyPrior(), METHODS["latent"], per_class=3, seed=5, checkpoint=file)
+    with pytest.raises(InputError, match="another inversion: model was"):
+        invert(tiny_model(seed=1), TinyPrior(), METHODS["latent"], per_class=3, seed=4, checkpoint=file)
+    with pytest.raises(InputError, match="another inversion: lr was"):
+        invert(tiny_model(), TinyPrior(), Latent(steps=4, pool=2, lr=1.0), per_class=3, seed=4, checkpoint=file)
+    with pytest.raises(InputError, match="no unfinished removal"):
+        DEFENSES["ft"].repair(tiny_model(), SAMPLES, checkpoint=file)
+    DEFENSES["ft"].repair(tiny_model(), SAMPLES, checkpoint=tmp_path / "removal")
+    for samples, public, what in [
+        (SAMPLES.select(torch.arange(20)), None, "images was"),
+        (SAMPLES, PUBLIC, "public was None there"),
+    ]:
+        with pytest.raises(InputError, match=what):
+            DEFENSES["ft"].repair(tiny_model(), samples, public, checkpoint=tmp_path / "removal")
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("place", [0.02, 0.3, 0.6, 0.999])
+def test_a_damaged_state_is_told_from_a_whole_one(tmp_path, place):
+    file = tmp_path / "state"
+    reconstruct(METHODS["latent"], file)
+    content = bytearray(file.read_bytes())
+    content[int(place * len(content))] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=r"damaged|not an intact|holds no unfinished|is of another"):
+        reconstruct(METHODS["latent"], file)
+    file.write_bytes(content[: int(place * len(content))])
+    with pytest.raises(InputError, match="not an intact"):
+        reconstruct(METHODS["latent"], file)
+
+
+def test_every_bit_of_the_tensors_is_under_the_checksum(tmp_path):
+    file = tmp_path / "state"
+    Unfinished(file, "test", {}).save({"a": torch.arange(3.0), "b": torch.tensor(True)})
+    content, refused = file.read_bytes(), 0
+    start = 8 + int.from_bytes(content[:8], "little")
+    for index in range(start, len(content)):
+        file.write_bytes(content[:index] + bytes([content[index] ^ 16]) + content[index + 1 :])
+        with pytest.raises(InputError):
+            Unfinished(file, "test", {})
+        refused += 1
+    assert refused == 13
+
+
+def test_tied_weights_can_be_kept(tmp_path):
+    one = torch.ones(2)
+    Unfinished(tmp_path / "state", "test", {}).save({"a": one, "b": one})
+    assert sorted(load_file(tmp_path / "state")) == ["a", "b"]
+
+
+def test_a_workplace_is_taken_up_only_when_asked_and_leaves_other_files_alone(tmp_path):
+    out = tmp_path / "out"
+
+    def fail():
+        with workplace(out, resume=False) as work:
+            assert not work.exists()
+            Unfinished(work / "one.safetensors", "test", {}).save({"a": torch.ones(1)})
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    with pytest.raises(InputError, match=r"out\.unfinished holds work that was stopped.*--resume.*--force"), \
+            workplace(out, resume=False):  # fmt: skip
+        pass
+    with workplace(out, resume=True) as work:
+        assert Unfinished(work / "one.safetensors", "test", {}).tensors
+        (work / "notes.txt").write_text("mine")
+    assert [file.name for file in work.iterdir()] == ["notes.txt"]
+    with workplace(out, resume=False, force=True) as work:
+        assert not Unfinished(work / "one.safetensors", "test", {}).tensors
+    (work / "notes.txt").unlink()
+    with workplace(out, resume=True) as work:
+        pass
+    assert not work.exists()
