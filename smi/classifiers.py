@@ -161,12 +161,15 @@ AUGMENTATIONS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
 }
 
 
-def train_classifier(data: TrainingSet, config: TrainConfig = TrainConfig(), *, seed: int = 0) -> Classifier:
-    """Train a classifier on ``data`` (a `PrivateSet`, or what `smi.poison` returns). Returned in eval mode.
+def train_classifier(
+    data: TrainingSet, config: TrainConfig = TrainConfig(), *, seed: int = 0, device: str | torch.device = "cpu"
+) -> Classifier:
+    """Train a classifier on ``data`` (a `PrivateSet`, or what `smi.poison` returns). Returned in eval mode, on
+    ``device``.
 
     The attacker's side of the story: with poisoned data the result is a backdoored model.
     """
-    model = build_classifier(config.arch, data.images.shape[1], data.num_classes, seed=seed)
+    model = build_classifier(config.arch, data.images.shape[1], data.num_classes, seed=seed).to(device)
     rng, augment = stream(seed, "train"), AUGMENTATIONS[config.augment]
     steps = max(1, len(data.images) // config.batch_size)
     optimizer = torch.optim.SGD(
@@ -178,7 +181,7 @@ def train_classifier(data: TrainingSet, config: TrainConfig = TrainConfig(), *, 
         for _ in track(range(config.epochs), "training", config.epochs):
             order = torch.randperm(len(data.images), generator=rng)
             for batch in order.tensor_split(steps):
-                loss = F.cross_entropy(run(augment(data.images[batch], rng)), data.labels[batch])
+                loss = F.cross_entropy(run(augment(data.images[batch], rng)), data.labels[batch].to(device))
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

@@ -6,9 +6,9 @@ import copy
 import hashlib
 import platform
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.metadata import version
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +34,10 @@ class Runner(Protocol):
         """Float32 outputs."""
 
 
-def mixed(device: torch.device) -> torch.autocast:
+def mixed(device: torch.device) -> AbstractContextManager[Any]:
     """bfloat16 autocast where that is quick on ``device``, nothing elsewhere."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
     low = device.type == "cuda" or (device.type == "cpu" and bf16_is_fast())
     return torch.autocast(device.type, torch.bfloat16, enabled=low, cache_enabled=False)
 

@@ -42,13 +42,15 @@ class Selection:
 def score_samples(model: nn.Module, samples: Samples, selection: Selection = Selection(), *, seed: int = 0) -> Tensor:
     """Stability scores float32 ``[N]`` of samples on ``model``, in eval mode. Lower is more stable."""
     with evaluating(model):
-        return stability_scores(model, samples.images, samples.labels, **_options(selection), seed=seed).cpu()
+        images, labels = samples.images.to(device_of(model)), samples.labels.to(device_of(model))
+        return stability_scores(model, images, labels, **_options(selection), seed=seed).cpu()
 
 
 def kernel_backend(model: nn.Module, images: Tensor, labels: Tensor, selection: Selection = Selection()) -> str:
     """Name of the backend of `smi_kernels` that scores samples such as these, for records."""
     with evaluating(model):
-        return which_backend(model, images, labels, **_options(selection))
+        device = device_of(model)
+        return which_backend(model, images.to(device), labels.to(device), **_options(selection))
 
 
 def _options(selection: Selection) -> dict[str, Any]:

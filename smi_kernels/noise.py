@@ -32,6 +32,7 @@ from torch import Tensor
 from smi_kernels import native
 from smi_kernels.errors import InputError
 from smi_kernels.philox import Words, box_muller, philox, uniform
+from smi_kernels.precision import has_float64
 from smi_kernels.registry import Kernel, Registry
 
 PARAMETERS, INPUT, SIGNS = 0, 1, 2
@@ -213,6 +214,9 @@ def combine(rows: Tensor, rest: Sequence[Tensor], shape: Sequence[int], *, base:
 
 def _independent(family: Family, sizes: Mapping[int, int], which: Draw, device: torch.device) -> dict[int, Tensor]:
     """Elements 0 .. size of several tensors, float32 ``[size]`` each."""
+    if not has_float64(device):  # `box_muller` takes one root by way of it
+        drawn = _independent(family, sizes, which, torch.device("cpu"))
+        return {tensor: values.to(device) for tensor, values in drawn.items()}
     if family.native is not None and device.type == "cpu" and native.library() is not None:
         noise = {tensor: torch.empty(size) for tensor, size in sizes.items()}
         for tensor, out in noise.items():

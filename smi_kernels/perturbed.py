@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from smi_kernels import native
 from smi_kernels.errors import InputError, unknown_name
 from smi_kernels.noise import FLIPOUT, INDEPENDENT, PARAMETERS, Draw, Family, base, combine, draw, factors
+from smi_kernels.precision import has_float64
 
 if TYPE_CHECKING:
     from smi_kernels.request import Request
@@ -193,4 +194,5 @@ class PerturbedModel:
 
 def root_mean_square(tensor: Tensor) -> float:
     """‖θ‖ / √(elements), summed in float64; 0 for an empty tensor."""
-    return torch.linalg.vector_norm(tensor, dtype=torch.float64).item() / math.sqrt(max(tensor.numel(), 1))
+    exact = tensor if has_float64(tensor.device) else tensor.cpu()
+    return torch.linalg.vector_norm(exact, dtype=torch.float64).item() / math.sqrt(max(tensor.numel(), 1))

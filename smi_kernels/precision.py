@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -34,6 +37,17 @@ def resolve_dtype(dtype: str | torch.dtype, model: nn.Module, images: Tensor) ->
     if dtype not in DTYPES:
         raise unknown_name("dtype", dtype, [*DTYPES, "auto"])
     return DTYPES[dtype]
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether a device computes in float64 (mps does not)."""
+    return device.type in ("cpu", "cuda", "meta")
+
+
+def plain(device: torch.device) -> AbstractContextManager[Any]:
+    """A block without autocast, where the device has one."""
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
 def has_bfloat16(device: torch.device) -> bool:

@@ -1,8 +1,9 @@
 """A device that is not there, to find tensors that are left on the wrong one.
 
-Inside `elsewhere()` a tensor can be on the device "mps": it is a wrapper around a tensor on the CPU, which does the
+Inside `elsewhere()` a tensor can be on the device "lazy": it is a wrapper around a tensor on the CPU, which does the
 arithmetic. As on a real device, operands must not be mixed, random numbers are not drawn with a generator of the CPU,
-and there are no float64 numbers (mps has none) and no NumPy.
+and there are no float64 numbers (as on mps) and no NumPy. Of the devices that torch knows by name and this build can
+name without having them, "lazy" is one.
 """
 
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-DEVICE = torch.device("mps")
+DEVICE = torch.device("lazy")
 INDEXING = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_", "aten::_unsafe_index")
 MOVING = ("aten::_to_copy", "aten::copy_", "aten::_copy_from")
 
@@ -37,6 +38,9 @@ class Away(torch.Tensor):
     def numpy(self, *args, **kwargs):
         raise TypeError("can't convert a tensor on another device to numpy")
 
+    def tolist(self):
+        return self.inner.tolist()
+
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @classmethod
@@ -60,14 +64,21 @@ def run(func, args, kwargs):
     mixed = there and any(not isinstance(value, Away) and value.ndim for value in tensors)
     if mixed and name not in MOVING and not (name in INDEXING and isinstance(args[0], Away)):
         raise RuntimeError(f"{name}: expected all tensors to be on the same device")
-    inner = lambda value: value.inner if isinstance(value, Away) else value  # noqa: E731
-    given, named = tree_map(inner, args), tree_map(inner, kwargs)
-    out = func(*given, **named)
+    known = {id(value.inner): value for value in tensors if isinstance(value, Away)}
+    out = func(*tree_map(_inside, args), **tree_map(_inside, kwargs))
     if name == "aten::copy_":
         return args[0]
-    known = {id(value.inner): value for value in tensors if isinstance(value, Away)}
-    outer = lambda value: known.get(id(value)) or Away(value) if isinstance(value, torch.Tensor) and there else value  # noqa: E731
-    return tree_map(outer, out)
+
+    def outside(value):
+        if not there or not isinstance(value, torch.Tensor):
+            return value
+        return known[id(value)] if id(value) in known else Away(value)
+
+    return tree_map(outside, out)
+
+
+def _inside(value):
+    return value.inner if isinstance(value, Away) else value
 
 
 class Elsewhere(TorchDispatchMode):

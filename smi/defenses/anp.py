@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smi.checks import check_number
+from smi.checks import check_number, device_of
 from smi.compute import Runner, fast, frozen, predict
 from smi.defenses.base import Defense, Distillation, Repair, Schedule, defenses
 from smi.defenses.channels import NORMS, Layer, agreement, conv_layers, pruned_share, split
@@ -85,7 +85,7 @@ class ANP(Defense):
         """The masks by BatchNorm, each ``[channels]`` in [0, 1], and the mean loss of each round."""
         rng, order = stream(seed, "noise"), stream(seed, "repair")
         distil, still = Distillation(model, public, stream(seed, "distil")), _batch_statistics(frozen(model))
-        names = [layer.output for layer in layers]
+        names, device = [layer.output for layer in layers], device_of(model)
         given = {k: v for k, v in still.named_parameters() if k.rpartition(".")[0] in names}
         masks = {n: torch.ones_like(given[f"{n}.weight"], requires_grad=True) for n in names}
         optimizer = torch.optim.SGD(masks.values(), self.schedule.lr, momentum=0.9)
@@ -94,7 +94,7 @@ class ANP(Defense):
             for _ in range(self.schedule.rounds):
                 total = 0.0
                 for batch in torch.randperm(len(samples), generator=order).tensor_split(count):
-                    images, labels = samples.images[batch], samples.labels[batch]
+                    images, labels = samples.images[batch].to(device), samples.labels[batch].to(device)
                     value = self._loss(run, given, masks, images, labels, rng)
                     if self.schedule.distill:
                         plain = _perturbed(given, masks, {})

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smi.augment import vary
-from smi.checks import check_model, check_number
+from smi.checks import check_model, check_number, device_of
 from smi.compute import Runner, fast, fingerprint_of, frozen
 from smi.domains.base import PublicImages, Samples
 from smi.errors import InputError
@@ -164,7 +164,7 @@ class Distillation:
         """Scalar loss on ``images`` ``[N, C, H, W]`` and as many public ones."""
         if self._public is not None:
             extra = self._public.images[torch.randint(len(self._public), (len(images),), generator=self._rng)]
-            images = torch.cat([images, extra])
+            images = torch.cat([images, extra.to(images.device)])
         images = vary(images, self._rng)
         wanted = F.log_softmax(ask(self._teacher, images), 1)
         return F.kl_div(F.log_softmax(run(images), 1), wanted, reduction="batchmean", log_target=True)
@@ -213,12 +213,12 @@ def train_repair(
 ) -> tuple[nn.Module, list[float]]:
     """The shared loop. ``loss(run, images, labels)`` is minimised on shuffled batches, in eval mode throughout.
 
-    Eval mode keeps BatchNorm statistics, which a few hundred samples would spoil. ``before_round(model, round)`` is
+    Samples stay on the CPU; a step's go to where the model is. Eval mode keeps BatchNorm statistics, which a few hundred samples would spoil. ``before_round(model, round)`` is
     called before each pass, ``after_step(model)`` after each step. moving: all that ``loss`` and ``before_round``
     change, their random generators included; with it the loop goes on from the repair's checkpoint, without it (None)
     it begins again. Returns the repaired copy and the mean loss of each round.
     """
-    repaired = copy.deepcopy(model).eval()
+    repaired, device = copy.deepcopy(model).eval(), device_of(model)
     optimizer = torch.optim.AdamW(repaired.parameters(), schedule.lr, weight_decay=schedule.weight_decay)
     steps = min(max(LEAST_STEPS, len(samples) // schedule.batch_size), len(samples))
     rate = _warm_cosine(schedule.rounds * steps)
@@ -249,7 +249,7 @@ def train_repair(
                 for step, batch in enumerate(_batches(len(samples), steps, rng), index * steps):
                     for group in optimizer.param_groups:
                         group["lr"] = schedule.lr * rate(step)
-                    value = loss(run, samples.images[batch], samples.labels[batch])
+                    value = loss(run, samples.images[batch].to(device), samples.labels[batch].to(device))
                     optimizer.zero_grad()
                     value.backward()
                     optimizer.step()

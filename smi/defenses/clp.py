@@ -62,8 +62,8 @@ def lipschitz_bounds(model: nn.Module, layer: Layer) -> Tensor:
     if isinstance(norm, nn.modules.batchnorm._BatchNorm):
         if norm.running_var is None:
             raise InputError(f"{layer.norm!r} keeps no statistics, so that its slope depends on the batch.")
-        slope = 1.0 if norm.weight is None else norm.weight.double().abs()
-        scale = slope / (norm.running_var.double() + norm.eps).sqrt()
+        slope = 1.0 if norm.weight is None else norm.weight.cpu().double().abs()
+        scale = slope / (norm.running_var.cpu().double() + norm.eps).sqrt()
     if not isinstance(kernel, Tensor) or not kernel.isfinite().all() or not torch.as_tensor(scale).isfinite().all():
         raise InputError(f"{layer.conv!r} has NaN or infinite weights. Load an intact checkpoint.")
-    return torch.linalg.matrix_norm(kernel.double().flatten(2), ord=2) * scale
+    return torch.linalg.matrix_norm(kernel.cpu().double().flatten(2), ord=2) * scale

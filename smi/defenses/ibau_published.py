@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from smi.checks import check_number
+from smi.checks import check_number, device_of
 from smi.defenses.hypergradient import BilevelProblem, hypergradient
 from smi.defenses.universal import into_ball
 from smi.domains.base import PublicImages, Samples
@@ -59,7 +59,7 @@ class Published:
         names = [name for name, _ in repaired.named_parameters()]
         theta = list(repaired.parameters())
         optimizer = torch.optim.Adam(theta, self.lr)
-        rng, curve, first = stream(seed, "published"), [], None
+        rng, curve, first, device = stream(seed, "published"), [], None, device_of(model)
 
         def logits(images: Tensor, weights: Sequence[Tensor]) -> Tensor:
             return functional_call(repaired, dict(zip(names, weights, strict=True)), (images,))
@@ -68,7 +68,7 @@ class Published:
             delta = self._ascend(repaired, samples, rng)
             first = delta if first is None else first
             for batch in torch.randperm(len(samples), generator=rng).split(self.batch_size):
-                problem = self._problem(logits, samples.images[batch], samples.labels[batch])
+                problem = self._problem(logits, samples.images[batch].to(device), samples.labels[batch].to(device))
                 gradients = hypergradient(problem, delta, theta, iterations=self.iterations)
                 for weight, gradient in zip(theta, gradients, strict=True):
                     weight.grad = gradient
@@ -76,13 +76,14 @@ class Published:
             with torch.no_grad():
                 curve.append(problem.outer(delta, theta).item())
         assert first is not None
-        return repaired, {"loss": curve, "radius": self.radius}, first
+        return repaired, {"loss": curve, "radius": self.radius}, first.cpu()
 
     def _ascend(self, model: nn.Module, samples: Samples, rng: torch.Generator) -> Tensor:
         """Plain ascent from zero against the model's own labels, one batch a step."""
-        delta = torch.zeros(1, *samples.images.shape[1:])
+        device = device_of(model)
+        delta = torch.zeros(1, *samples.images.shape[1:], device=device)
         for _ in range(self.inner_steps):
-            images = samples.images[torch.randperm(len(samples), generator=rng)[: self.batch_size]]
+            images = samples.images[torch.randperm(len(samples), generator=rng)[: self.batch_size]].to(device)
             with torch.no_grad():
                 own = model(images).argmax(1)
             delta.requires_grad_()

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smi.augment import vary
-from smi.checks import check_number
+from smi.checks import check_number, device_of
 from smi.compute import Runner, fast, frozen, predict
 from smi.defenses.base import Distillation, Schedule, ask, train_repair
 from smi.defenses.universal import AWAY, concentrate, fooling_rate, into_ball, natural_radius, universal
@@ -149,7 +149,8 @@ class _PseudoLabelled:
 
     def draw(self, count: int) -> tuple[Tensor, Tensor]:
         """Images ``[count, C, H, W]`` and labels ``[count]``."""
-        images = vary(self._images[torch.randint(len(self._images), (count,), generator=self._rng)], self._rng)
+        chosen = self._images[torch.randint(len(self._images), (count,), generator=self._rng)]
+        images = vary(chosen.to(device_of(self._suspect)), self._rng)
         return images, ask(self._suspect, images).argmax(1)
 
 
@@ -185,7 +186,7 @@ class _Adversary:
     def __init__(
         self, config: Robust, model: nn.Module, samples: Samples, public: PublicImages | None, rng: torch.Generator
     ) -> None:
-        self.config, self.samples, self.rng = config, samples, rng
+        self.config, self.samples, self.rng, self.device = config, samples, rng, device_of(model)
         self.classes = torch.tensor([AWAY, *range(samples.num_classes)])
         self.rates = torch.ones(len(self.classes))
         self.delta = torch.zeros(len(self.classes), *samples.images.shape[1:])
@@ -202,6 +203,7 @@ class _Adversary:
         else:
             images = public.images[torch.randperm(len(public), generator=self.rng)[:count]]
             labels = predict(suspect, images).argmax(1)
+        images, labels = images.to(self.device), labels.to(self.device)
 
         def found() -> Tensors:
             classes = self.samples.num_classes
@@ -231,7 +233,7 @@ class _Adversary:
             held, called = images[half:], labels[half:]
             rates = fooling_rate(run, held, called, targets, delta)
             shorter = into_ball(delta, self.natural)
-            return {"delta": delta, "rates": rates, "natural": fooling_rate(run, held, called, targets, shorter)}
+            return {"delta": delta.cpu(), "rates": rates, "natural": fooling_rate(run, held, called, targets, shorter)}
 
     def before_round(self, model: nn.Module, index: int) -> None:
         """Every few rounds renew the δ's of the targets that fooled most when last tried (ties at random)."""
@@ -248,8 +250,8 @@ class _Adversary:
         """Each image with one δ, drawn in proportion to how much it fools, from spread out to a few pixels."""
         which = torch.multinomial(self.rates + 1e-3, len(images), replacement=True, generator=self.rng)
         share = SPARSEST ** torch.rand(len(images), generator=self.rng)
-        return (images + concentrate(self.delta[which], share)).clamp(0, 1)
+        return (images + concentrate(self.delta[which], share).to(images.device)).clamp(0, 1)
 
     def _draw(self, count: int) -> tuple[Tensor, Tensor]:
         index = torch.randperm(len(self.samples), generator=self.rng)[:count]
-        return self.samples.images[index], self.samples.labels[index]
+        return self.samples.images[index].to(self.device), self.samples.labels[index].to(self.device)

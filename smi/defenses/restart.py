@@ -72,7 +72,8 @@ class TrustedLabels:
         """Scalar loss on ``images`` ``[N, C, H, W]`` with ``labels`` ``[N]``, and as many public images."""
         if self._images is not None and self._labels is not None:
             extra = torch.randint(len(self._images), (len(images),), generator=self._rng)
-            images, labels = torch.cat([images, self._images[extra]]), torch.cat([labels, self._labels[extra]])
+            images = torch.cat([images, self._images[extra].to(images.device)])
+            labels = torch.cat([labels, self._labels[extra].to(labels.device)])
         varied = vary(images, self._rng)
         trusted = (ask(self._suspect, varied).argmax(1) == labels).float()
         losses = F.cross_entropy(run(varied), labels, reduction="none")

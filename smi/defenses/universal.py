@@ -34,7 +34,7 @@ def universal(
     and shorter, so that the last ones refine.
     """
     count = len(targets)
-    delta = noise_start(count, images.shape[1:], radius, rng)
+    delta, targets = noise_start(count, images.shape[1:], radius, rng).to(images.device), targets.to(labels.device)
     wanted = torch.where(targets[:, None] == AWAY, labels[None], targets[:, None]).flatten()
     weight = torch.where(targets == AWAY, -1.0, 1.0)[:, None] * (targets[:, None] != labels[None])
     for step in range(steps):
@@ -70,13 +70,13 @@ def concentrate(delta: Tensor, share: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fooling_rate(run: Runner, images: Tensor, labels: Tensor, targets: Tensor, delta: Tensor) -> Tensor:
-    """Share ``[T]`` of the images that δ_t sends to class t (of those not of class t), or away from their labels."""
+    """Share ``[T]``, on the CPU, of the images that δ_t sends to class t (of those not of class t), or away from their labels."""
     rates = []
     for target, one in zip(targets.tolist(), delta, strict=True):
         others = labels != target
         predicted = run((images[others] + one).clamp(0, 1)).argmax(1)
         hit = predicted != labels[others] if target == AWAY else predicted == target
-        rates.append(hit.float().mean() if len(hit) else torch.tensor(0.0))
+        rates.append(hit.float().mean().cpu() if len(hit) else torch.tensor(0.0))
     return torch.stack(rates)
 
 

@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from smi.checks import check_model, check_number
+from smi.checks import check_model, check_number, device_of
 from smi.compute import Runner, fast, fingerprint_of, frozen, mixed
 from smi.domains.base import Samples
 from smi.errors import InputError
@@ -81,9 +81,9 @@ class Inversion:
         """Bring the variable back to its feasible set, in place, after a step."""
 
     def optimise(self, task: Task) -> Tensor:
-        """The loop. Returns images ``[N, C, H, W]``, detached."""
+        """The loop. Returns images ``[N, C, H, W]``, detached, on the CPU."""
         left = task.left
-        variable = (left["variable"] if left else self.start(task)).requires_grad_()
+        variable = (left["variable"] if left else self.start(task)).to(task.labels.device).requires_grad_()
         optimizer = torch.optim.Adam([variable], self.lr)
         if left:
             restore_optimizer(optimizer, part("optimizer", left))
@@ -99,7 +99,7 @@ class Inversion:
             done = {"steps": torch.tensor(step + 1), "rng": task.rng.get_state(), "variable": variable}
             task.after_step(lambda done=done: done | named("optimizer", optimizer_state(optimizer)))  # type: ignore[misc]
         with torch.no_grad():
-            return self.render(variable, task).clamp(0, 1)
+            return self.render(variable, task).clamp(0, 1).cpu()
 
 
 JOINT = 512  # images in a batch of all classes
@@ -133,9 +133,9 @@ def invert(
         raise InputError(f"method is a {type(method).__name__}. Allowed: an Inversion such as smi.Stabilized().")
     check_prior(prior)
     num_classes = check_model(model, torch.zeros(1, *prior.image_shape), classes)
-    suspect = frozen(model)
+    suspect, device = frozen(model), device_of(model)
     if isinstance(prior, nn.Module):
-        prior = cast(Prior, frozen(prior))
+        prior = cast(Prior, frozen(prior).to(device))
     count = per_class * (1 if selection is None else selection.oversample)
     batches = _batches(num_classes, count, joint=method.joint)
     record = {"method": method.name} | asdict(method) | {"count": count, "seed": seed}
@@ -151,7 +151,7 @@ def invert(
     steps = track(batches[len(images) :], f"inversion ({method.name})", total=len(batches), before=len(images))
     with fast(suspect) as run, unfinished.working() as after_step:
         for labels in steps:
-            task = Task(suspect, run, prior, labels, stream(seed, f"invert/{len(images)}"), left=search)
+            task = Task(suspect, run, prior, labels.to(device), stream(seed, f"invert/{len(images)}"), left=search)
             task.after_step = lambda state: after_step(lambda: so_far() | named("search", state()))
             images.append(method.optimise(task))
             search = {}

@@ -46,7 +46,7 @@ class Latent(Inversion):
     def start(self, task: Task) -> Tensor:
         """Of ``pool`` times as many normal latents those that the model takes for y most clearly ``[N, d]``."""
         wanted = len(task.labels)
-        z = sample_latents(task.prior, wanted * self.pool, task.rng)
+        z = sample_latents(task.prior, wanted * self.pool, task.rng).to(task.labels.device)
         self.project(z)
         with torch.no_grad():
             chunks = z.split(256)

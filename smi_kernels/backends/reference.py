@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from smi_kernels.backends.loop import score_draws
 from smi_kernels.perturbed import PerturbedModel
+from smi_kernels.precision import plain
 from smi_kernels.request import Request, check_logits
 
 
@@ -43,8 +44,8 @@ class _Scorer:
         low = self._request.dtype in (torch.bfloat16, torch.float16)
         # Also for float32, to leave an autocast region of the caller.
         ends = _Float32Ends(images.shape[1]) if low else nullcontext()
-        kind = self._request.dtype if low else torch.bfloat16
-        with torch.autocast(images.device.type, kind, enabled=low), ends:
+        device = images.device
+        with torch.autocast(device.type, self._request.dtype) if low else plain(device), ends:
             logits = functional_call(self._model, weights, (images,))
         check_logits(logits, self._request, len(images), perturbed=perturbed)
         return logits.to(self._request.working_dtype)
@@ -63,7 +64,7 @@ class _Float32Ends(TorchFunctionMode):
         kwargs = kwargs or {}
         if not self._is_end(func, args):
             return func(*args, **kwargs)
-        with torch.autocast(args[0].device.type, enabled=False):
+        with plain(args[0].device):
             return func(args[0].float(), *args[1:], **kwargs)
 
     def _is_end(self, func: Callable[..., Any], args: tuple[Any, ...]) -> bool:

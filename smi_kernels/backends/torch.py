@@ -23,6 +23,7 @@ from smi_kernels.folding import fold
 from smi_kernels.layers import layers, zero_padding
 from smi_kernels.perturbed import PerturbedModel
 from smi_kernels.plan import Call, Layer, Plan, arguments, plan_of
+from smi_kernels.precision import plain
 from smi_kernels.request import Request, check_logits
 from smi_kernels.tracing import NotTraceable
 
@@ -124,7 +125,7 @@ class Runner:
             return self.run_call(step, values, state)
 
         images = images.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(images.device.type, enabled=False):
+        with plain(images.device):
             logits = self.plan.run(images, layer, call)
         check_logits(logits, self.request, len(images), perturbed=perturbed)
         return logits.to(self.request.working_dtype)

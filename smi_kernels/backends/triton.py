@@ -27,6 +27,7 @@ from smi_kernels.folding import fold
 from smi_kernels.layers import zero_padding
 from smi_kernels.noise import INDEPENDENT, PARAMETERS, families
 from smi_kernels.plan import Call, Layer, Plan, plan_of, reads_of
+from smi_kernels.precision import plain
 from smi_kernels.request import Request, check_logits
 from smi_kernels.tracing import NotTraceable
 from smi_kernels.triton import interpreting
@@ -173,7 +174,7 @@ class _KernelRunner:
         def call(step: Call, values: Mapping[str, Any]) -> Any:
             return self._call(step, values, first, draws, n, moves)
 
-        with torch.autocast(images.device.type, enabled=False):
+        with plain(images.device):
             return self.plan.run(x, layer, call)
 
     def _vectors(self, first: int, draws: int) -> dict[str, Tensor]:

@@ -1,0 +1,123 @@
+"""Work is done where the model is, with the same random numbers, and what comes back is on the CPU.
+
+The device is a stand-in (`elsewhere`) with the arithmetic of the CPU, so that results are equal to the bit.
+"""
+
+import pytest
+import torch
+from elsewhere import Away, elsewhere
+from test_unfinished import DEFENSES, METHODS, PUBLIC, SAMPLES
+from tiny import TinyPrior, coded_set, noise, tiny_model
+
+from smi.attacks import BadNets
+from smi.classifiers import TrainConfig, train_classifier
+from smi.compute import predict
+from smi.defenses import ANP, CLP, FTSAM, IBAU, NAD, FinePrune, Published, ibau_robust
+from smi.defenses.base import Schedule
+from smi.domains import PrivateSet, PublicImages
+from smi.evaluation import Evaluator
+from smi.gan import PriorConfig, fit_prior
+from smi.inversion import invert
+from smi.stability import Selection, features, score_samples
+from smi_kernels import stability_scores
+
+FAST = Schedule(rounds=2, batch_size=8, distill=1.0)
+OTHERS = {
+    "fp": FinePrune(schedule=FAST),
+    "nad": NAD(schedule=FAST),
+    "anp": ANP(schedule=FAST),
+    "ftsam": FTSAM(schedule=FAST),
+    "clp": CLP(u=0.5),
+    "published": IBAU(solver=Published(rounds=2)),
+}
+
+
+@pytest.fixture
+def there():
+    with elsewhere() as device:
+        yield device
+
+
+def on_cpu(*tensors):
+    return all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in tensors)
+
+
+def same(model, other):
+    return all(torch.equal(value.cpu(), other.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_the_stand_in_tells_what_a_device_tells(there):
+    away = torch.ones(2, 2).to(there)
+    assert isinstance(away, Away)
+    assert away.device == there
+    for mistake in (
+        lambda: away + torch.ones(2),
+        lambda: torch.randn(2, device=there, generator=torch.Generator()),
+        lambda: away.double(),
+        lambda: away.numpy(),
+        lambda: torch.ones(2)[away[0].long()],
+    ):
+        with pytest.raises((RuntimeError, TypeError)):
+            mistake()
+    assert on_cpu(away.cpu(), away[0].cpu())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_inversion(there, name):
+    here = invert(tiny_model(), TinyPrior(), METHODS[name], per_class=2, selection=Selection(oversample=2, k=2), seed=1)
+    model = tiny_model().to(there)
+    away = invert(model, TinyPrior(), METHODS[name], per_class=2, selection=Selection(oversample=2, k=2), seed=1)
+    assert on_cpu(away.images, away.labels, away.scores)
+    assert torch.equal(away.images, here.images)
+    assert torch.equal(away.scores, here.scores)
+    assert next(model.parameters()).device == there
+
+
+@pytest.mark.parametrize("name", [*DEFENSES, *OTHERS])
+@pytest.mark.parametrize("public", [PUBLIC, None])
+def test_removal(there, name, public, tmp_path):
+    defense = OTHERS[name] if name in OTHERS else DEFENSES[name]
+    ibau_robust._radii.clear()
+    here = defense.repair(tiny_model(), SAMPLES, public, seed=3)
+    ibau_robust._radii.clear()
+    model = tiny_model().to(there)
+    away = defense.repair(model, SAMPLES, public, seed=3, checkpoint=tmp_path / "state")
+    assert same(away.model, here.model)
+    assert next(away.model.parameters()).device == there
+    assert away.log == here.log
+    assert here.delta is None or (on_cpu(away.delta) and torch.equal(away.delta, here.delta))
+    again = defense.repair(model, SAMPLES, public, seed=3, checkpoint=tmp_path / "state")
+    assert same(again.model, here.model)
+
+
+def test_prior(there, tmp_path):
+    public, config = PublicImages(noise(12, 1, 32, 32)), PriorConfig(steps=2, batch_size=4)
+    here = fit_prior(public, config)
+    away = fit_prior(public, config, device=there, checkpoint=tmp_path / "state")
+    assert same(away, here)
+    assert on_cpu(*away.state_dict().values())
+    assert same(fit_prior(public, config, checkpoint=tmp_path / "state"), here)  # begun there, finished here
+
+
+def test_looking_at_a_model(there):
+    model, images = tiny_model().to(there), noise(5, 1, 8, 8)
+    for look in (predict, features, lambda m, x: score_samples(m, SAMPLES)):
+        found = look(model, images)
+        assert on_cpu(found)
+        assert torch.equal(found, look(tiny_model(), images))
+    labels = torch.arange(5) % 3
+    scores = stability_scores(model, images.to(there), labels.to(there), k=2, sigma_x=0.1, sigma_w=0.1)
+    assert torch.equal(scores.cpu(), stability_scores(tiny_model(), images, labels, k=2, sigma_x=0.1, sigma_w=0.1))
+
+
+def test_evaluation(there):
+    data = coded_set([0, 1, 2, 1], 3)
+    attack = BadNets()
+    assert Evaluator(data, attack).measure(tiny_model().to(there)) == Evaluator(data, attack).measure(tiny_model())
+
+
+def test_training_a_classifier(there):
+    data = PrivateSet(noise(12, 1, 32, 32), torch.arange(12) % 3, 3)
+    config = TrainConfig(epochs=1, batch_size=4)
+    away = train_classifier(data, config, device=there)
+    assert same(away, train_classifier(data, config))
