@@ -7,6 +7,7 @@ import hashlib
 import platform
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from importlib.metadata import version
 from typing import Any, Protocol
 
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from smi.checks import device_of, evaluating
+from smi.errors import unknown_name
 from smi.files import fingerprint
+from smi.memory import Chunk, halving
 
 
 def bf16_is_fast() -> bool:
@@ -34,12 +37,38 @@ class Runner(Protocol):
         """Float32 outputs."""
 
 
+PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+_asked: ContextVar[str] = ContextVar("precision", default="auto")
+
+
+@contextmanager
+def precision(name: str) -> Iterator[None]:
+    """Inside the block models run in this number format: "auto" (bfloat16 where that is quick), "float32", "bfloat16"
+    or "float16". Weights, logits and losses are float32 whatever it is. Raises `InputError` for another name."""
+    if name not in PRECISIONS:
+        raise unknown_name("precision", name, PRECISIONS)
+    token = _asked.set(name)
+    try:
+        yield
+    finally:
+        _asked.reset(token)
+
+
+def asked_precision() -> str:
+    """What the innermost `precision` asked for."""
+    return _asked.get()
+
+
 def mixed(device: torch.device) -> AbstractContextManager[Any]:
-    """bfloat16 autocast where that is quick on ``device``, nothing elsewhere."""
+    """Autocast to what `precision` asks for on ``device``; nothing where torch has no autocast for it."""
     if not torch.amp.is_autocast_available(device.type):
         return nullcontext()
-    low = device.type == "cuda" or (device.type == "cpu" and bf16_is_fast())
-    return torch.autocast(device.type, torch.bfloat16, enabled=low, cache_enabled=False)
+    name = asked_precision()
+    if name == "auto":
+        low = device.type == "cuda" or (device.type == "cpu" and bf16_is_fast())
+        return torch.autocast(device.type, torch.bfloat16, enabled=low, cache_enabled=False)
+    kind = torch.float16 if name == "float16" else torch.bfloat16
+    return torch.autocast(device.type, kind, enabled=name != "float32", cache_enabled=False)
 
 
 @contextmanager
@@ -89,4 +118,4 @@ def versions() -> dict[str, str]:
 def predict(model: nn.Module, images: Tensor, *, batch_size: int = 512) -> Tensor:
     """Logits float32 ``[N, classes]`` on the CPU, in eval mode, in batches."""
     with evaluating(model), fast(model) as run:
-        return torch.cat([run(batch).cpu() for batch in images.split(batch_size)])
+        return torch.cat(list(halving(lambda batch: run(batch).cpu(), images, Chunk(batch_size))))

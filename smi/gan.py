@@ -143,10 +143,10 @@ def fit_prior(
 ) -> GAN:
     """Train a generator and critic on public images.
 
-    public: 32×32, 1 or 3 channels. device: where it is trained; the prior is returned on the CPU. checkpoint: a file for the state, written atomically every ``every`` seconds; where
-    it exists already, training goes on from it (same images, configuration and seed, or `InputError`) and ends with the
-    same weights as an uninterrupted run; Ctrl-C and SIGTERM end it after a last such writing. Returns the `GAN` in eval
-    mode.
+    public: 32×32, 1 or 3 channels. device: where it is trained; the prior is returned on the CPU, in eval mode.
+    checkpoint: a file for the state, written atomically every ``every`` seconds; where it exists already, training goes
+    on from it (same images, configuration and seed, or `InputError`) and ends with the same weights as an uninterrupted
+    run; Ctrl-C and SIGTERM end it after a last such writing.
     """
     if not isinstance(public, PublicImages):
         raise InputError(f"fit_prior takes PublicImages, not {type(public).__name__}. Wrap them: PublicImages(images).")

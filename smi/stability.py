@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from smi.checks import check_number, device_of, evaluating
-from smi.compute import predict
+from smi.compute import asked_precision, predict
 from smi.domains.base import Samples
 from smi.errors import InputError
+from smi.memory import Chunk, halving
 from smi_kernels import stability_scores, which_backend
 
 
@@ -42,8 +43,13 @@ class Selection:
 def score_samples(model: nn.Module, samples: Samples, selection: Selection = Selection(), *, seed: int = 0) -> Tensor:
     """Stability scores float32 ``[N]`` of samples on ``model``, in eval mode. Lower is more stable."""
     with evaluating(model):
-        images, labels = samples.images.to(device_of(model)), samples.labels.to(device_of(model))
-        return stability_scores(model, images, labels, **_options(selection), seed=seed).cpu()
+        device, options = device_of(model), _options(selection)
+
+        def of(chunk: Tensor) -> Tensor:
+            images, labels = samples.images[chunk].to(device), samples.labels[chunk].to(device)
+            return stability_scores(model, images, labels, **options, seed=seed).cpu()
+
+        return torch.cat(list(halving(of, torch.arange(len(samples)), Chunk(len(samples)))))
 
 
 def kernel_backend(model: nn.Module, images: Tensor, labels: Tensor, selection: Selection = Selection()) -> str:
@@ -59,6 +65,7 @@ def _options(selection: Selection) -> dict[str, Any]:
         "sigma_x": selection.sigma_x,
         "sigma_w": selection.sigma_w,
         "divergence": selection.divergence,
+        "dtype": asked_precision(),
     }
 
 

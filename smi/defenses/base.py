@@ -21,6 +21,7 @@ from smi.compute import Runner, fast, fingerprint_of, frozen
 from smi.domains.base import PublicImages, Samples
 from smi.errors import InputError
 from smi.files import fingerprint
+from smi.memory import Chunk, halved, halving
 from smi.seeding import stream
 from smi.unfinished import (
     EVERY,
@@ -174,7 +175,7 @@ class Distillation:
 def ask(teacher: nn.Module, images: Tensor) -> Tensor:
     """What a frozen model says of images: logits float32, the quick way, without a gradient."""
     with fast(teacher) as run:
-        return run(images)
+        return torch.cat(list(halving(run, images, Chunk(len(images)))))
 
 
 LEAST_STEPS = 3  # a round: with fewer samples smaller batches, or the decay comes before the repair is done
@@ -213,10 +214,11 @@ def train_repair(
 ) -> tuple[nn.Module, list[float]]:
     """The shared loop. ``loss(run, images, labels)`` is minimised on shuffled batches, in eval mode throughout.
 
-    Samples stay on the CPU; a step's go to where the model is. Eval mode keeps BatchNorm statistics, which a few hundred samples would spoil. ``before_round(model, round)`` is
-    called before each pass, ``after_step(model)`` after each step. moving: all that ``loss`` and ``before_round``
-    change, their random generators included; with it the loop goes on from the repair's checkpoint, without it (None)
-    it begins again. Returns the repaired copy and the mean loss of each round.
+    Samples stay on the CPU; a step's go to where the model is. Eval mode keeps BatchNorm statistics, which a few
+    hundred samples would spoil. ``before_round(model, round)`` is called before each pass, ``after_step(model)`` after
+    each step. moving: all that ``loss`` and ``before_round`` change, their random generators included; with it the loop
+    goes on from the repair's checkpoint, without it (None) it begins again. Returns the repaired copy and the mean loss
+    of each round.
     """
     repaired, device = copy.deepcopy(model).eval(), device_of(model)
     optimizer = torch.optim.AdamW(repaired.parameters(), schedule.lr, weight_decay=schedule.weight_decay)
@@ -230,6 +232,26 @@ def train_repair(
         return (
             found | named("moving", states([rng, *(moving or ())])) | {"loss": torch.tensor(curve, dtype=torch.float64)}
         )
+
+    pieces = 1
+
+    def backward(run: Runner, batch: Tensor) -> float:
+        """The gradients of one step, in as many pieces as the memory asks for. Returns the loss."""
+        nonlocal pieces
+        while True:
+            optimizer.zero_grad()
+            total = 0.0
+            try:
+                for piece in batch.tensor_split(pieces):
+                    value = loss(run, samples.images[piece].to(device), samples.labels[piece].to(device))
+                    value = value * (len(piece) / len(batch))
+                    value.backward()
+                    total += value.item()
+            except (RuntimeError, MemoryError) as error:
+                halved(error, len(batch) // pieces)
+                pieces *= 2
+            else:
+                return total
 
     unfinished = nothing_kept() if moving is None else current()
     if "loss" in unfinished.tensors:
@@ -249,13 +271,10 @@ def train_repair(
                 for step, batch in enumerate(_batches(len(samples), steps, rng), index * steps):
                     for group in optimizer.param_groups:
                         group["lr"] = schedule.lr * rate(step)
-                    value = loss(run, samples.images[batch].to(device), samples.labels[batch].to(device))
-                    optimizer.zero_grad()
-                    value.backward()
+                    total += backward(run, batch)
                     optimizer.step()
                     if after_step is not None:
                         after_step(repaired)
-                    total += value.item()
             curve.append(total / steps)
             if follow is not None:
                 follow(repaired, index + 1)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from smi.compute import Runner
+from smi.memory import Chunk, halving
 
 TINY = 1e-12
 AWAY = -1  # as a target: away from the image's own label
@@ -35,13 +36,19 @@ def universal(
     """
     count = len(targets)
     delta, targets = noise_start(count, images.shape[1:], radius, rng).to(images.device), targets.to(labels.device)
-    wanted = torch.where(targets[:, None] == AWAY, labels[None], targets[:, None]).flatten()
+    wanted = torch.where(targets[:, None] == AWAY, labels[None], targets[:, None])
     weight = torch.where(targets == AWAY, -1.0, 1.0)[:, None] * (targets[:, None] != labels[None])
-    for step in range(steps):
+
+    def ascent(some: Tensor) -> Tensor:
+        """What some of the images contribute to the gradients."""
         delta.requires_grad_()
-        shown = (images[None] + delta[:, None]).clamp(0, 1).flatten(0, 1)
-        losses = F.cross_entropy(run(shown), wanted, reduction="none").view(count, -1)
-        (gradient,) = torch.autograd.grad((weight * losses).sum(), delta)
+        shown = (images[some][None] + delta[:, None]).clamp(0, 1).flatten(0, 1)
+        losses = F.cross_entropy(run(shown), wanted[:, some].flatten(), reduction="none").view(count, -1)
+        return torch.autograd.grad((weight[:, some] * losses).sum(), delta)[0]
+
+    chunk = Chunk(len(images))
+    for step in range(steps):
+        gradient = sum(halving(ascent, torch.arange(len(images)), chunk), torch.zeros(()))
         length = 3 * radius * (steps - step) / (steps * (steps + 1))
         unit = gradient / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1).clamp(min=TINY)
         delta = into_ball(delta.detach() - length * unit, radius)
@@ -70,11 +77,15 @@ def concentrate(delta: Tensor, share: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fooling_rate(run: Runner, images: Tensor, labels: Tensor, targets: Tensor, delta: Tensor) -> Tensor:
-    """Share ``[T]``, on the CPU, of the images that δ_t sends to class t (of those not of class t), or away from their labels."""
-    rates = []
+    """Share ``[T]``, on the CPU, of the images that δ_t sends to class t (of those not of class t), or away from their
+    labels."""
+    rates, chunk = [], Chunk(len(images))
     for target, one in zip(targets.tolist(), delta, strict=True):
         others = labels != target
-        predicted = run((images[others] + one).clamp(0, 1)).argmax(1)
+        shown = (images[others] + one).clamp(0, 1)
+        predicted = torch.cat(
+            [shown.new_zeros(0, dtype=torch.int64), *halving(lambda x: run(x).argmax(1), shown, chunk)]
+        )
         hit = predicted != labels[others] if target == AWAY else predicted == target
         rates.append(hit.float().mean().cpu() if len(hit) else torch.tensor(0.0))
     return torch.stack(rates)

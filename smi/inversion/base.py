@@ -17,6 +17,7 @@ from smi.checks import check_model, check_number, device_of
 from smi.compute import Runner, fast, fingerprint_of, frozen, mixed
 from smi.domains.base import Samples
 from smi.errors import InputError
+from smi.memory import Chunk, halving
 from smi.priors import Prior, check_prior
 from smi.progress import track
 from smi.seeding import stream
@@ -142,20 +143,25 @@ def invert(
     if checkpoint is not None:
         record |= {"model": fingerprint_of(model), "prior": fingerprint_of(prior)}
     unfinished = Unfinished(checkpoint, "inversion", record, every=every)
-    images = list(part("images", unfinished.tensors).values())
+    images = [value for _, value in sorted(part("images", unfinished.tensors).items(), key=lambda item: int(item[0]))]
     search = part("search", unfinished.tensors)
 
     def so_far() -> Tensors:
         return {f"images.{index}": done for index, done in enumerate(images)}
 
-    steps = track(batches[len(images) :], f"inversion ({method.name})", total=len(batches), before=len(images))
+    def search_for(labels: Tensor) -> Tensor:
+        task = Task(suspect, run, prior, labels.to(device), stream(seed, f"invert/{len(images)}"), left=search)
+        task.after_step = lambda state: after_step(lambda: so_far() | named("search", state()))
+        return method.optimise(task)
+
+    left = _without(batches, sum(map(len, images)))
+    chunk = Chunk(len(search["variable"]) if search else max(map(len, batches)))
     with fast(suspect) as run, unfinished.working() as after_step:
-        for labels in steps:
-            task = Task(suspect, run, prior, labels.to(device), stream(seed, f"invert/{len(images)}"), left=search)
-            task.after_step = lambda state: after_step(lambda: so_far() | named("search", state()))
-            images.append(method.optimise(task))
-            search = {}
-            after_step(so_far)
+        for labels in track(left, f"inversion ({method.name})", total=len(batches), before=len(batches) - len(left)):
+            for done in halving(search_for, labels, chunk):
+                images.append(done)
+                search = {}
+                after_step(so_far)
     unfinished.save(so_far())
     labels = torch.cat(batches)
     order = labels.argsort(stable=True)
@@ -170,3 +176,13 @@ def _batches(num_classes: int, count: int, *, joint: bool) -> list[Tensor]:
     if joint:
         return list(torch.arange(num_classes).repeat(count).split(max(JOINT, num_classes)))
     return [torch.full((count,), label) for label in range(num_classes)]
+
+
+def _without(batches: list[Tensor], done: int) -> list[Tensor]:
+    """What is left of the batches after ``done`` images."""
+    left = []
+    for batch in batches:
+        if len(batch) > done:
+            left.append(batch[done:])
+        done = max(0, done - len(batch))
+    return left

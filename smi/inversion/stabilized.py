@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from smi.checks import check_number
+from smi.compute import asked_precision
 from smi.errors import InputError
 from smi.inversion.base import Task, inversions
 from smi.inversion.latent import Latent
@@ -82,7 +83,7 @@ class Stabilized(Latent):
                 draw = int(torch.randint(2**62, (), generator=task.rng))
                 scores = stability_scores(
                     task.model, images, task.labels, k=self.k, sigma_x=noise[0], sigma_w=noise[1],
-                    divergence="cross_entropy", seed=draw,
+                    divergence="cross_entropy", seed=draw, dtype=asked_precision(),
                 )  # fmt: skip
                 total = total + weight * scores.mean()
         return total
