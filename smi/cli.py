@@ -52,7 +52,7 @@ cli.add_command(study)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder, new or empty.  [default: smi-demo-SEED]")
 @force_option
 @common
-def demo(seed: int, out: Path | None, force: bool) -> None:
+def demo(seed: int, out: Path | None, force: bool, device: str) -> None:
     """Plant a backdoor in a classifier of handwritten digits, and remove it without clean data.
 
     Trains the victim, inverts it with the shipped prior, repairs it, and compares with the controls. Downloads
@@ -70,7 +70,7 @@ def demo(seed: int, out: Path | None, force: bool) -> None:
 
     with claimed(out or _free_folder(f"smi-demo-{seed}"), folder=True, force=force) as folder:
         prior = load_prior("digits")
-        result = run_demo(load_domain("digits"), prior, seed=seed)
+        result = run_demo(load_domain("digits"), prior, seed=seed, device=device)
         paths = write_report(result, folder, force=force)
         click.echo(f"{table(result)}\n\n{_plain(verdict(result))}")
         _wrote(paths)
@@ -120,7 +120,7 @@ def lab(into: Path | None, port: int, browser: bool, options: tuple[str, ...]) -
 @common
 def remove(
     model: str, prior_name: str | None, public_name: str | None, prior_steps: int | None, per_class: int, out: Path,
-    force: bool, resume: bool, form: dict[str, Any], root: str, download: bool, seed: int,
+    force: bool, resume: bool, form: dict[str, Any], root: str, download: bool, seed: int, device: str,
 ) -> None:  # fmt: skip
     """Remove a backdoor from MODEL without clean data.
 
@@ -150,7 +150,7 @@ def remove(
     if prior_name is not None and prior_steps is not None:
         raise InputError("--prior-steps is for a prior that is trained here. Leave it out, or --prior.")
     with claimed(out, folder=True, force=force) as folder, workplace(folder, resume=resume, force=force) as work:
-        suspect, clock = load_suspect(model, **form), Clock()
+        suspect, clock = load_suspect(model, **form).to(device), Clock()
         if prior_name is not None:
             prior = _prior(prior_name, suspect.channels)
             public = None if public_name is None else _public(public_name, prior.image_shape, root, download)
@@ -160,7 +160,7 @@ def remove(
             config = PriorConfig() if prior_steps is None else PriorConfig(steps=prior_steps)
             check_model(suspect.model, public.images[:1], len(suspect.classes))
             with clock("prior"):
-                prior = fit_prior(public, config, seed=seed, checkpoint=work / "prior.safetensors")
+                prior = fit_prior(public, config, seed=seed, device=device, checkpoint=work / "prior.safetensors")
         with clock("remove"):
             cleaned = remove_backdoor(suspect.model, prior, public, per_class=per_class, seed=seed, checkpoint=work)
         settings = {"model": model, "form": form, "prior": prior.record, "public": public_name, "per_class": per_class}
@@ -183,8 +183,9 @@ def remove(
 @data_options
 @common
 def fit_prior_command(
-    public: str, steps: int | None, out: Path, force: bool, resume: bool, root: str, download: bool, seed: int
-) -> None:
+    public: str, steps: int | None, out: Path, force: bool, resume: bool, root: str, download: bool, seed: int,
+    device: str,
+) -> None:  # fmt: skip
     """Train a prior (a generator and a critic) on PUBLIC images: a domain's name, an .npz or a folder of images.
 
     What is stopped goes on with --resume.
@@ -201,7 +202,7 @@ def fit_prior_command(
     with claimed(out, force=force) as file, workplace(file, resume=resume, force=force) as work:
         images = _public(public, (None, SIZE, SIZE), root, download)
         config = PriorConfig() if steps is None else PriorConfig(steps=steps)
-        prior = fit_prior(images, config, seed=seed, checkpoint=work / "prior.safetensors")
+        prior = fit_prior(images, config, seed=seed, device=device, checkpoint=work / "prior.safetensors")
         save_prior(prior, file)
         _wrote([file])
 
@@ -218,7 +219,7 @@ def fit_prior_command(
 @common
 def invert(
     model: str, prior_name: str, method: str, per_class: int, out: Path, force: bool, resume: bool,
-    form: dict[str, Any], seed: int,
+    form: dict[str, Any], seed: int, device: str,
 ) -> None:  # fmt: skip
     """Reconstruct images of every class of MODEL.
 
@@ -245,7 +246,7 @@ def invert(
         claimed(out.with_suffix(".png"), force=force) as sheet,
         workplace(file, resume=resume, force=force) as work,
     ):
-        suspect = load_suspect(model, **form)
+        suspect = load_suspect(model, **form).to(device)
         prior = _prior(prior_name, suspect.channels)
         # Baselines keep what they make, as in the demo; choosing by stability is part of the stabilised method.
         selection = Selection() if method == "smi" else None
@@ -277,7 +278,7 @@ def invert(
 @common
 def score(
     model: str, images: str, k: int, sigma_x: float, sigma_w: float, family: str, divergence: str, out: Path | None,
-    force: bool, form: dict[str, Any], seed: int,
+    force: bool, form: dict[str, Any], seed: int, device: str,
 ) -> None:  # fmt: skip
     """Score how stable MODEL's predictions are on the IMAGES of an .npz. Lower is more stable.
 
@@ -289,13 +290,13 @@ def score(
     """
     from smi.arrays import load_images
     from smi.checks import check_labels, check_model
-    from smi.compute import predict
+    from smi.compute import asked_precision, predict
     from smi.files import output_file, write_atomic
     from smi.suspects import load_suspect
     from smi_kernels import stability_scores
 
     file = None if out is None else output_file(out, force=force)
-    loaded = load_suspect(model, **form)
+    loaded = load_suspect(model, **form).to(device)
     suspect, count = loaded.model, len(loaded.classes)
     pixels, labels = load_images(images)
     check_model(suspect, pixels, count)
@@ -304,8 +305,9 @@ def score(
     predicted = predict(suspect, pixels).argmax(1)
     labels = predicted if labels is None else labels
     scores = stability_scores(
-        suspect, pixels, labels, k=k, sigma_x=sigma_x, sigma_w=sigma_w, family=family, divergence=divergence, seed=seed
-    )
+        suspect, pixels.to(device), labels.to(device), k=k, sigma_x=sigma_x, sigma_w=sigma_w, family=family,
+        divergence=divergence, seed=seed, dtype=asked_precision(),
+    ).cpu()  # fmt: skip
     click.echo(_quantiles(scores))
     if file is not None:
         lines = zip(labels.tolist(), predicted.tolist(), scores.tolist(), strict=True)
@@ -327,7 +329,7 @@ def score(
 @common
 def evaluate(
     model: str, repaired: str | None, domain_name: str, attack_name: str, target: int, out: Path | None,
-    force: bool, form: dict[str, Any], root: str, download: bool, seed: int,
+    force: bool, form: dict[str, Any], root: str, download: bool, seed: int, device: str,
 ) -> None:  # fmt: skip
     """Measure MODEL, and REPAIRED where it is given, with clean test images and the trigger.
 
@@ -348,9 +350,9 @@ def evaluate(
 
     file = None if out is None else output_file(out, force=force)
     attack = attacks[attack_name](target=target)
-    models = {"model": load_suspect(model, **form).model}
+    models = {"model": load_suspect(model, **form).to(device).model}
     if repaired is not None:
-        models["repaired"] = load_suspect(repaired, **form).model
+        models["repaired"] = load_suspect(repaired, **form).to(device).model
     evaluator = Evaluator(load_domain(domain_name, root=root, download=download).private.test, attack)
     found = {name: evaluator.measure(one) for name, one in models.items()}
     rates = {name: vars(one).copy() for name, one in found.items()}

@@ -63,20 +63,25 @@ def cores() -> int:
 
 
 def common(command: Command) -> Command:
-    """The options that every command has. ``--threads`` and ``--device`` are dealt with here, before the command."""
+    """The options that every command has. ``--threads`` and ``--precision`` are dealt with here, around the command."""
 
     @wraps(command)
-    def prepared(*args: Any, threads: int, device: str, **options: Any) -> Any:
+    def prepared(*args: Any, threads: int, device: str, precision: str, **options: Any) -> Any:
         import torch
+
+        from smi.compute import precision as computing_in
 
         _check_device(device)
         torch.set_num_threads(threads)
-        return command(*args, **options)
+        with computing_in(precision):
+            return command(*args, device=device, **options)
 
     for option in (
         click.option("--threads", type=click.IntRange(1, 1024), default=cores, show_default="physical cores"),
-        click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
-                     help="So far the commands run on the CPU only."),
+        click.option("--precision", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto",
+                     show_default=True, help="Number format of the models; auto: bfloat16 where it is quick."),
+        click.option("--device", type=click.Choice(["cpu", "cuda", "mps"]), default="cpu", show_default=True,
+                     help="Where the models run."),
         click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True,
                      help="Of everything random."),
     ):  # fmt: skip
@@ -174,8 +179,7 @@ def _check_device(device: str) -> None:
 
     from smi.errors import InputError
 
-    if device == "cuda":
-        found = "there is one here" if torch.cuda.is_available() else "there is none here either"
-        raise InputError(
-            f"The commands do not use a CUDA device yet ({found}). Leave --device out, or say --device cpu."
-        )
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there[device]:
+        found = ", ".join(name for name, is_there in there.items() if is_there)
+        raise InputError(f"--device is {device!r}, which torch does not find here. Allowed: {found}.")

@@ -141,14 +141,18 @@ class DemoConfig:
     baseline: FineTune = field(default_factory=FineTune)
 
 
-def run_demo(domain: Domain, prior: Prior, config: DemoConfig = DemoConfig(), *, seed: int = 0) -> Demo:
+def run_demo(
+    domain: Domain, prior: Prior, config: DemoConfig = DemoConfig(), *, seed: int = 0, device: str = "cpu"
+) -> Demo:
     """Plant a backdoor, remove it without clean data, and compare with the controls.
 
     Attacker and evaluator use ``domain.private``; the defender is handed the victim, the prior and public images.
+    device: where the victim is attacked and repaired; it is trained on the CPU.
     """
     clock = Clock()
     with clock("train"):
         victim, attack = plant(domain.private.train, config.attack, config.train, rate=config.rate, seed=seed)
+    victim.to(device)
     evaluator = Evaluator(domain.private.test, attack)
     sources = _sources(domain, prior, victim, config, seed, clock)
     before = evaluator.measure(victim)

@@ -66,6 +66,11 @@ class Suspect:
     suffix: str
     _write: Callable[[nn.Module, Path, Mapping[str, Any]], None] = field(repr=False)
 
+    def to(self, device: str | torch.device) -> Suspect:
+        """The suspect with its model on ``device``."""
+        self.model.to(device)
+        return self
+
     def write(self, repaired: nn.Module, path: str | Path, record: Mapping[str, Any]) -> None:
         """Save a repaired copy of ``model`` in the layout that it came in, atomically.
 

@@ -13,9 +13,11 @@ from click.testing import CliRunner
 import smi.domains
 import smi.pipeline
 import smi.priors
+import smi.suspects
 import smi.unfinished
 from smi.classifiers import build_classifier
 from smi.cli import PER_CLASS, cli
+from smi.compute import asked_precision
 from smi.defenses import IBAU, Robust
 from smi.defenses.base import Schedule
 from smi.files import load_tensors, save_tensors
@@ -61,7 +63,7 @@ def test_help_has_an_example_and_the_common_options(command):
     result = smi_run(command, "--help")
     assert result.exit_code == 0
     assert f":\n    smi {command}" in result.output.split("Example", 1)[1]
-    for option in ("--seed", "--device", "--threads", "--out"):
+    for option in ("--seed", "--device", "--precision", "--threads", "--out", "--force"):
         assert option in result.output
 
 
@@ -77,7 +79,7 @@ def test_defaults_agree_with_the_library():
 def test_demo_prints_the_table_and_says_where_files_went(here, monkeypatch):
     monkeypatch.setattr(smi.priors, "load_prior", lambda name: GAN(1))
     monkeypatch.setattr(smi.domains, "load_domain", lambda name: fake_run.domain())
-    monkeypatch.setattr(smi.pipeline, "run_demo", lambda domain, prior, seed: fake_run.demo())
+    monkeypatch.setattr(smi.pipeline, "run_demo", lambda domain, prior, **options: fake_run.demo())
     result = smi_run("demo", "--seed", 3)
     assert result.exit_code == 0, result.output
     assert "SMI, no clean data" in result.output
@@ -310,7 +312,35 @@ def test_score_refuses_unknown_names_and_numbers(here):
     assert "sigma_x" in refused(here, *base, "--sigma-x", -1)
     refused(here, *base, "--k", 0)
     refused(here, *base, "--seed", -1)
-    assert "CUDA" in refused(here, *base, "--device", "cuda")
+    refused(here, *base, "--precision", "int8")
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_a_device_that_is_not_there_is_refused(here, monkeypatch, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    said = refused(here, "score", "suspect.safetensors", "images.npz", "--device", device)
+    assert f"--device is '{device}', which torch does not find here. Allowed: cpu." in said
+
+
+def test_commands_hand_the_device_and_the_precision_on(here, monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    seen, found = [], fake_run.removal().cleaned
+
+    def moved(suspect, device):
+        seen.append((device, asked_precision()))
+        return suspect
+
+    monkeypatch.setattr(smi.suspects.Suspect, "to", moved)
+    monkeypatch.setattr(smi.pipeline, "remove_backdoor", lambda *args, **options: found)
+    options = ["--device", "mps", "--precision", "bfloat16"]
+    smi_run("remove", "suspect.safetensors", "--prior", "prior.safetensors", "--out", "out", *options)
+    smi_run("evaluate", "suspect.safetensors", "--domain", "none.npz", *options)
+    smi_run(
+        "invert", "suspect.safetensors", "--prior", "prior.safetensors", "--out", "a.npz", "--method", "x", *options
+    )
+    assert seen == [("mps", "bfloat16")] * 2  # invert: refused before
+    assert asked_precision() == "auto"
 
 
 def test_evaluate_measures_one_model_or_two(here, monkeypatch):

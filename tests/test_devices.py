@@ -11,10 +11,11 @@ from tiny import TinyPrior, coded_set, noise, tiny_model
 
 from smi.attacks import BadNets
 from smi.classifiers import TrainConfig, train_classifier
-from smi.compute import predict
+from smi.compute import precision, predict
 from smi.defenses import ANP, CLP, FTSAM, IBAU, NAD, FinePrune, Published, ibau_robust
 from smi.defenses.base import Schedule
 from smi.domains import PrivateSet, PublicImages
+from smi.errors import InputError
 from smi.evaluation import Evaluator
 from smi.gan import PriorConfig, fit_prior
 from smi.inversion import invert
@@ -121,3 +122,22 @@ def test_training_a_classifier(there):
     config = TrainConfig(epochs=1, batch_size=4)
     away = train_classifier(data, config, device=there)
     assert same(away, train_classifier(data, config))
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
+def test_models_run_in_the_precision_that_is_asked_for(name):
+    seen = []
+    model, images = tiny_model(), noise(5, 1, 8, 8)
+    model.body[0].register_forward_hook(lambda module, args, out: seen.append(str(out.dtype)))
+    with precision(name):
+        found = predict(model, images)
+        scores = score_samples(tiny_model(), SAMPLES, Selection(k=2))
+    assert seen == [f"torch.{name}"]
+    assert found.dtype == torch.float32
+    assert torch.allclose(found, predict(tiny_model(), images), atol=0.1)
+    assert torch.allclose(scores, score_samples(tiny_model(), SAMPLES, Selection(k=2)), rtol=0.3, atol=1e-3)
+
+
+def test_an_unknown_precision_is_refused():
+    with pytest.raises(InputError, match="Allowed: auto, bfloat16, float16, float32"), precision("int8"):
+        pass
