@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from smi.priors import (
         GeneratorPrior as GeneratorPrior,
         Prior as Prior,
+        load_generator as load_generator,
         load_prior as load_prior,
         save_prior as save_prior,
     )
@@ -62,7 +63,7 @@ _HOMES = {
     "smi.inversion": "Latent Pixel Stabilized invert",
     "smi.models": "load_classifier save_classifier",
     "smi.pipeline": "Cleaned DemoConfig remove_backdoor run_demo",
-    "smi.priors": "GeneratorPrior Prior load_prior save_prior",
+    "smi.priors": "GeneratorPrior Prior load_generator load_prior save_prior",
     "smi.stability": "Selection select_stable",
     "smi.suspects": "load_suspect",
 }

@@ -13,13 +13,21 @@ import click
 
 from smi.cli_study import study
 from smi.memory import keep_freed
-from smi.options import Commands, common, data_options, force_option, resume_option, suspect_options
+from smi.options import (
+    Commands,
+    common,
+    data_options,
+    force_option,
+    generator_options,
+    resume_option,
+    suspect_options,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from smi.domains.base import PublicImages
-    from smi.priors import GAN
+    from smi.priors import GAN, GeneratorPrior
 
 PER_CLASS = 30
 TRIES = 1000
@@ -109,6 +117,7 @@ def lab(into: Path | None, port: int, browser: bool, options: tuple[str, ...]) -
 @cli.command(short_help="Remove a backdoor from a saved model.")
 @click.argument("model")
 @click.option("--prior", "prior_name", help='"digits", or a file from smi fit-prior.  [default: trained on --public]')
+@generator_options
 @click.option("--public", "public_name", help="Unlabelled public images: a domain's name, an .npz or a folder.")
 @click.option("--prior-steps", type=click.IntRange(min=1), help="Of a prior that is trained here.  [default: 4000]")
 @click.option("--per-class", type=click.IntRange(min=1), default=PER_CLASS, show_default=True)
@@ -119,8 +128,9 @@ def lab(into: Path | None, port: int, browser: bool, options: tuple[str, ...]) -
 @data_options
 @common
 def remove(
-    model: str, prior_name: str | None, public_name: str | None, prior_steps: int | None, per_class: int, out: Path,
-    force: bool, resume: bool, form: dict[str, Any], root: str, download: bool, seed: int, device: str,
+    model: str, prior_name: str | None, own: dict[str, Any] | None, public_name: str | None, prior_steps: int | None,
+    per_class: int, out: Path, force: bool, resume: bool, form: dict[str, Any], root: str, download: bool, seed: int,
+    device: str,
 ) -> None:  # fmt: skip
     """Remove a backdoor from MODEL without clean data.
 
@@ -140,7 +150,7 @@ def remove(
     from smi.files import claimed
     from smi.gan import PriorConfig, fit_prior
     from smi.pipeline import Clock, remove_backdoor
-    from smi.priors import SIZE, save_prior
+    from smi.priors import GAN, SIZE, save_prior
     from smi.report import Removal, removal_verdict, write_report
     from smi.suspects import load_suspect
     from smi.unfinished import workplace
@@ -151,23 +161,22 @@ def remove(
         raise InputError("--prior-steps is for a prior that is trained here. Leave it out, or --prior.")
     with claimed(out, folder=True, force=force) as folder, workplace(folder, resume=resume, force=force) as work:
         suspect, clock = load_suspect(model, **form).to(device), Clock()
-        if prior_name is not None:
-            prior = _prior(prior_name, suspect.channels)
-            public = None if public_name is None else _public(public_name, prior.image_shape, root, download)
-        else:
-            assert public_name is not None
-            public = _public(public_name, (suspect.channels, SIZE, SIZE), root, download)
-            config = PriorConfig() if prior_steps is None else PriorConfig(steps=prior_steps)
+        prior = None if prior_name is None else _prior(prior_name, suspect.channels, own)
+        shape = (suspect.channels, SIZE, SIZE) if prior is None else prior.image_shape
+        public = None if public_name is None else _public(public_name, shape, root, download)
+        if prior is None and public is not None:
             check_model(suspect.model, public.images[:1], len(suspect.classes))
+            config = PriorConfig() if prior_steps is None else PriorConfig(steps=prior_steps)
             with clock("prior"):
                 prior = fit_prior(public, config, seed=seed, device=device, checkpoint=work / "prior.safetensors")
+        assert prior is not None
         with clock("remove"):
             cleaned = remove_backdoor(suspect.model, prior, public, per_class=per_class, seed=seed, checkpoint=work)
         settings = {"model": model, "form": form, "prior": prior.record, "public": public_name, "per_class": per_class}
         settings |= {"resumed": resume} | cleaned.repair.settings
         removal = Removal(suspect, cleaned, seed, clock.seconds, settings)
         paths = write_report(removal, folder, force=force)
-        if prior_name is None:
+        if prior_name is None and isinstance(prior, GAN):
             paths.append(folder / "prior.safetensors")
             save_prior(prior, paths[-1])
         click.echo(_plain(removal_verdict(removal)))
@@ -210,6 +219,7 @@ def fit_prior_command(
 @cli.command(short_help="Reconstruct images of every class.")
 @click.argument("model")
 @click.option("--prior", "prior_name", required=True, help='"digits", or a file from smi fit-prior.')
+@generator_options
 @click.option("--method", default="smi", show_default=True, help="smi, latent or pixel.")
 @click.option("--per-class", type=click.IntRange(min=1), default=PER_CLASS, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help=".npz, new; a .png is written beside it.")
@@ -218,8 +228,8 @@ def fit_prior_command(
 @suspect_options
 @common
 def invert(
-    model: str, prior_name: str, method: str, per_class: int, out: Path, force: bool, resume: bool,
-    form: dict[str, Any], seed: int, device: str,
+    model: str, prior_name: str, own: dict[str, Any] | None, method: str, per_class: int, out: Path, force: bool,
+    resume: bool, form: dict[str, Any], seed: int, device: str,
 ) -> None:  # fmt: skip
     """Reconstruct images of every class of MODEL.
 
@@ -247,7 +257,7 @@ def invert(
         workplace(file, resume=resume, force=force) as work,
     ):
         suspect = load_suspect(model, **form).to(device)
-        prior = _prior(prior_name, suspect.channels)
+        prior = _prior(prior_name, suspect.channels, own)
         # Baselines keep what they make, as in the demo; choosing by stability is part of the stabilised method.
         selection = Selection() if method == "smi" else None
         samples = run_inversion(
@@ -366,18 +376,21 @@ def evaluate(
         _wrote([file])
 
 
-def _prior(name: str, channels: int) -> GAN:
-    """The prior, checked against the model's channels."""
+def _prior(name: str, channels: int, own: dict[str, Any] | None) -> GAN | GeneratorPrior:
+    """The prior, checked against the model's channels; ``own``: what is said of a generator of the user's."""
     from smi.errors import InputError
-    from smi.priors import load_prior
+    from smi.priors import load_generator, load_prior
 
-    prior = load_prior(name)
-    if prior.image_shape[0] != channels:
+    if own is not None:
+        prior = load_generator(name, **own)
+        return prior.as_channels(channels)
+    found = load_prior(name)
+    if found.image_shape[0] != channels:
         raise InputError(
-            f"The prior makes images with {prior.image_shape[0]} channels; the model takes {channels}. Choose a prior "
+            f"The prior makes images with {found.image_shape[0]} channels; the model takes {channels}. Choose a prior "
             "of the model's kind of images, or train one: smi fit-prior."
         )
-    return prior
+    return found
 
 
 def _public(name: str, shape: tuple[int | None, int, int], root: str, download: bool) -> PublicImages:

@@ -120,6 +120,34 @@ def suspect_options(command: Command) -> Command:
     return prepared  # type: ignore[return-value]
 
 
+def generator_options(command: Command) -> Command:
+    """What a file of a generator's weights does not say, handed on as ``own``: keywords of `smi.load_generator`."""
+
+    @wraps(command)
+    def prepared(*args: Any, generator: str | None, latent_dim: int | None, limits: str | None, **options: Any) -> Any:
+        from smi.errors import InputError
+
+        if generator is None:
+            if latent_dim is not None or limits is not None:
+                raise InputError("--latent-dim and --range are for --generator, a generator of your own. Say it, too.")
+            return command(*args, own=None, **options)
+        if latent_dim is None:
+            raise InputError("--generator needs --latent-dim, the length of its latents.")
+        click.echo("running {0[0]} for its function {0[2]}".format(generator.rpartition(":")), err=True)
+        low, high = _pair("--range", limits or "-1,1")
+        own = {"architecture": generator, "latent_dim": latent_dim, "output_range": (low, high)}
+        return command(*args, own=own, **options)
+
+    for option in (
+        click.option("--range", "limits", metavar="LOW,HIGH", help="Of the values that it puts out.  [default: -1,1]"),
+        click.option("--latent-dim", type=click.IntRange(1), help="Length of its latents."),
+        click.option("--generator", help="FILE.py:function that makes a generator of your own, whose weights --prior "
+                     "names; runs your FILE."),
+    ):  # fmt: skip
+        prepared = option(prepared)
+    return prepared  # type: ignore[return-value]
+
+
 def force_option(command: Command) -> Command:
     """Whether results may be replaced."""
     return click.option("--force", is_flag=True, help="Replace what is there.")(command)
@@ -148,6 +176,16 @@ def _numbers(option: str, text: str | None) -> list[float] | None:
     if not all(math.isfinite(value) and (value > 0 or option == "--mean") for value in values):
         raise InputError(f"{option} is {text!r}. Allowed: finite numbers{', above zero' if option == '--std' else ''}.")
     return values
+
+
+def _pair(option: str, text: str) -> tuple[float, float]:
+    from smi.errors import InputError
+
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError as error:
+        raise InputError(f"{option} is {text!r}. Allowed: two numbers, such as 0,1 or -1,1.") from error
+    return low, high
 
 
 def _words(text: str | None) -> list[str] | None:

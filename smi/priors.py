@@ -7,6 +7,8 @@ network, trained by `smi.fit_prior` (see `smi/gan.py`).
 from __future__ import annotations
 
 import itertools
+import math
+import warnings
 from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -14,12 +16,16 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from smi.checks import check_images, check_number
+from smi.checkpoints import read_checkpoint
+from smi.checks import check_number
+from smi.domains.base import fitted
 from smi.errors import InputError, unknown_name
 from smi.files import load_tensors, save_tensors, to_half, to_single
+from smi.own_code import own_function
 
 LATENT_DIM = 64
 SIZE = 32
+TOLERANCE = 0.01  # of the output range, by which a generator may overshoot it
 MAX_LATENT_DIM = 4096  # a file that claims more is not one of ours, and must not make us build such a layer
 
 
@@ -127,36 +133,113 @@ def blank_gan(channels: int, latent_dim: int = LATENT_DIM, record: dict[str, Any
 class GeneratorPrior(nn.Module):
     """A user's own pre-trained generator as a `Prior`.
 
-    generator: latents ``[N, latent_dim]`` to images. output_range: the values it puts out; they are mapped to [0, 1].
-    Raises `InputError` where one trial batch does not come out as ``[N, C, H, W]`` within that range.
+    generator: latents ``[N, latent_dim]``, or ``[N, latent_dim, 1, 1]`` as in DCGAN, to images. output_range: the
+    values it puts out; they are mapped to [0, 1]. image_shape: ``(C, H, W)`` to which its images are brought, resized
+    and grey or in colour; default: as they are. Raises `InputError` where one trial batch does not come out as
+    ``[N, C, H, W]`` within that range; warns where it keeps to the upper half of it.
     """
 
+    record: dict[str, Any]
+
     def __init__(
-        self, generator: nn.Module, latent_dim: int, *, output_range: tuple[float, float] = (-1.0, 1.0)
+        self,
+        generator: nn.Module,
+        latent_dim: int,
+        *,
+        output_range: tuple[float, float] = (-1.0, 1.0),
+        image_shape: tuple[int, int, int] | None = None,
     ) -> None:
         super().__init__()
         check_number("latent_dim", latent_dim, low=1, integer=True)
+        low, high = output_range
+        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+            raise InputError(f"output_range is {output_range}. Allowed: two finite numbers, the lower one first.")
         self.latent_dim, self.output_range = latent_dim, output_range
-        self.generator = generator.eval()
-        try:
-            with torch.no_grad():
-                trial = self.generate(torch.randn(2, latent_dim, generator=torch.Generator().manual_seed(0)))
-        except Exception as error:  # whatever a generator raises on an input that is not for it
+        self.generator, self.record = generator.eval(), {"generator": type(generator).__name__}
+        self._flat = True
+        trial = self._try(torch.randn(16, latent_dim, generator=torch.Generator().manual_seed(0)))
+        if trial.ndim != 4 or trial.shape[1] not in (1, 3) or not trial.is_floating_point() or not trial.numel():
+            kind, shape = str(trial.dtype).removeprefix("torch."), tuple(trial.shape)
+            raise InputError(f"The generator puts out {kind} of shape {shape}. Allowed: floats [N, C, H, W], C 1 or 3.")
+        smallest, largest = (value.item() for value in trial.aminmax())
+        told, slack = f"values from {smallest:.3g} to {largest:.3g}", TOLERANCE * (high - low)
+        if not (low - slack <= smallest and largest <= high + slack):  # NaN, too
             raise InputError(
-                f"The generator does not take latents of length {latent_dim}: {error}. Allowed: a module from latents "
-                "[N, latent_dim] to images. Check latent_dim."
-            ) from error
-        check_images(trial, f"images from the generator, after mapping {output_range} to [0, 1],")
-        self.image_shape = (trial.shape[1], trial.shape[2], trial.shape[3])
+                f"The generator puts out {told}, outside of its output range {low:g} to {high:g}. Say the range that "
+                "it was trained for."
+            )
+        if smallest > (low + high) / 2 - slack:
+            warnings.warn(f"The generator puts out {told}. Is its range really {low:g} to {high:g}?", stacklevel=2)
+        self.image_shape = image_shape or (trial.shape[1], trial.shape[2], trial.shape[3])
+
+    def as_channels(self, channels: int) -> GeneratorPrior:
+        """The same prior with images of ``channels`` channels."""
+        self.image_shape = (channels, *self.image_shape[1:])
+        return self
+
+    def _try(self, z: Tensor) -> Tensor:
+        """Raw images of a trial batch, the latents in whichever form the generator takes."""
+        reason: Exception | None = None
+        for self._flat in (True, False):
+            try:
+                with torch.no_grad():
+                    trial = self._raw(z)
+            except Exception as error:  # whatever a generator raises on an input that is not for it
+                reason = reason or error
+                continue
+            if not isinstance(trial, Tensor):
+                raise InputError(f"The generator returns a {type(trial).__name__}. Allowed: a tensor of images.")
+            return trial
+        raise InputError(
+            f"The generator does not take latents of length {self.latent_dim}: {reason}. Allowed: a module from "
+            "latents [N, latent_dim] to images. Check latent_dim."
+        ) from reason
+
+    def _raw(self, z: Tensor) -> Tensor:
+        return self.generator(z if self._flat else z[:, :, None, None])
 
     def generate(self, z: Tensor) -> Tensor:
         """Latents ``[N, d]`` to images in [0, 1]."""
         low, high = self.output_range
-        return (self.generator(z) - low) / (high - low)
+        return fitted(((self._raw(z).float() - low) / (high - low)).clamp(0, 1), self.image_shape)
 
     def criticise(self, images: Tensor) -> None:
         """No critic: inversion then keeps the latent typical and leaves realism to the generator."""
         return
+
+
+def load_generator(
+    path: str | Path,
+    architecture: str,
+    latent_dim: int,
+    *,
+    output_range: tuple[float, float] = (-1.0, 1.0),
+    image_shape: tuple[int, int, int] | None = None,
+) -> GeneratorPrior:
+    """A generator's weights from a file that nobody vouches for, as a prior; nothing in the file is run.
+
+    path: a state dict, as `smi.load_suspect` takes it. architecture: "FILE.py:function", a function of your own that
+    makes the module, which **runs that file**; it is called with ``latent_dim`` where it takes that. The rest is as for
+    `GeneratorPrior`. Raises `InputError` for what does not fit.
+    """
+    checkpoint = read_checkpoint(path)
+    with torch.random.fork_rng(devices=[]):
+        try:
+            module = own_function(architecture)(latent_dim=latent_dim)
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(f"The generator cannot be built: {type(error).__name__}: {error}.") from error
+    if not isinstance(module, nn.Module):
+        raise InputError(f"{architecture} returns a {type(module).__name__}. Allowed: a torch.nn.Module.")
+    names = checkpoint.names_for(module.state_dict())
+    state = {ours: checkpoint.tensors[theirs] for ours, theirs in names.items()}
+    try:
+        module.load_state_dict(to_single(state))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{path} does not hold the weights of {architecture}: {reason}.") from error
+    return GeneratorPrior(module, latent_dim, output_range=output_range, image_shape=image_shape)
 
 
 def save_prior(prior: GAN, path: str | Path) -> None:
@@ -176,7 +259,10 @@ def load_prior(name: str | Path) -> GAN:
 
 
 def _read(file: Path) -> GAN:
-    tensors, meta = load_tensors(file, "prior")
+    try:
+        tensors, meta = load_tensors(file, "prior")
+    except InputError as error:
+        raise InputError(f"{error} A generator of your own: smi.load_generator, or --generator.") from error
     channels, latent_dim = meta.get("channels"), meta.get("latent_dim")
     if channels not in (1, 3) or not isinstance(latent_dim, int) or not 1 <= latent_dim <= MAX_LATENT_DIM:
         raise InputError(f"{file} describes no prior of smi: {channels!r} channels, latents of length {latent_dim!r}.")

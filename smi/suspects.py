@@ -6,8 +6,6 @@ layout that it came in.
 
 from __future__ import annotations
 
-import inspect
-import runpy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +19,7 @@ from smi.checkpoints import Checkpoint, read_checkpoint
 from smi.classifiers import Classifier, architectures
 from smi.errors import InputError, unknown_name
 from smi.models import MAX_CLASSES, is_ours, read_classifier, save_classifier
+from smi.own_code import own_function
 
 Factory = Callable[[int, int], nn.Module]
 """Channels and classes to a body: normalised images to logits."""
@@ -150,7 +149,7 @@ def _fit(checkpoint: Checkpoint, arch: str, size: tuple[int, int] | None) -> tup
     reason = ""
     for factory in _factories(arch):
         for channels in (3, 1):
-            found = _matches(factory, channels, checkpoint.tensors)
+            found = _matches(factory, channels, checkpoint)
             if isinstance(found, str):
                 reason = reason or found
                 continue
@@ -165,10 +164,10 @@ def _fit(checkpoint: Checkpoint, arch: str, size: tuple[int, int] | None) -> tup
     raise InputError(f"{checkpoint.file} does not hold the weights of {arch!r}: {reason}. Check the architecture.")
 
 
-def _matches(factory: Factory, channels: int, tensors: Mapping[str, Tensor]) -> tuple[int, dict[str, str]] | str:
+def _matches(factory: Factory, channels: int, checkpoint: Checkpoint) -> tuple[int, dict[str, str]] | str:
     """The class count and the model's names to the checkpoint's, or why they do not belong together."""
     expected = {name: value.shape for name, value in _skeleton(factory, channels).state_dict().items()}
-    names = _align(expected, tensors)
+    tensors, names = checkpoint.tensors, checkpoint.names_for(expected)
     missing = [name for name in expected if name not in names and not name.endswith(COUNTERS)]
     more = sorted(tensors.keys() - names.values())
     if missing:
@@ -204,17 +203,6 @@ def _outputs(body: nn.Module, channels: int, size: tuple[int, int] | None) -> in
     raise InputError(f"The model accepts no image of any usual size: {reason}. Say the size.")
 
 
-def _align(expected: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """The model's names to the checkpoint's, with the prefix that all of the checkpoint's share taken off."""
-    prefix = ""
-    while True:
-        found = {name: prefix + name for name in expected if prefix + name in tensors}
-        heads = {name[len(prefix) :].partition(".")[0] for name in tensors}
-        if found or len(heads) != 1 or not all("." in name[len(prefix) :] for name in tensors):
-            return found
-        prefix += heads.pop() + "."
-
-
 def _factories(arch: str) -> Iterator[Factory]:
     """What ``arch`` may mean, in this order: a file's function, timm's, this project's, torchvision's."""
     if ".py:" in arch:
@@ -247,22 +235,8 @@ def _from_timm(name: str) -> Factory:
 
 def _from_file(arch: str) -> Factory:
     """The function of the user's own file, called with the class count and channels where it takes them."""
-    path, _, function = arch.rpartition(":")
-    if not Path(path).is_file():
-        raise InputError(f"There is no file {path}. An architecture of your own is FILE.py:factory.")
-    try:
-        made = runpy.run_path(path).get(function)
-    except Exception as error:
-        raise InputError(f"{path} fails: {type(error).__name__}: {error}. Run it alone first.") from error
-    if not callable(made):
-        raise InputError(f"{path} has no function {function!r}. An architecture of your own is FILE.py:factory.")
-    taken = inspect.signature(made).parameters
-
-    def build(channels: int, count: int) -> nn.Module:
-        settings = {"num_classes": count, "channels": channels, "in_channels": channels}
-        return made(**{name: value for name, value in settings.items() if name in taken})
-
-    return build
+    make = own_function(arch)
+    return lambda channels, count: make(num_classes=count, channels=channels, in_channels=channels)
 
 
 def _skeleton(factory: Factory, channels: int) -> nn.Module:

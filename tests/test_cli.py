@@ -217,6 +217,27 @@ def test_a_disk_that_fails_in_the_middle_is_told(here, monkeypatch):
     assert "out/report.html cannot be read or written: No space left on device" in said
 
 
+def test_a_generator_of_ones_own_is_a_prior(here):
+    (here / "own.py").write_text(
+        "from torch import nn\n"
+        "def net(latent_dim): return nn.Sequential(nn.ConvTranspose2d(latent_dim, 3, 32), nn.Tanh())\n"
+    )
+    with torch.random.fork_rng():
+        torch.save(torch.nn.Sequential(torch.nn.ConvTranspose2d(5, 3, 32)).state_dict(), "generator.pth")
+    base = ["invert", "suspect.safetensors", "--prior", "generator.pth", "--per-class", 1, "--out"]
+    own = ["--generator", "own.py:net", "--latent-dim", 5]
+    done = smi_run(*base, "a.npz", *own)
+    assert done.exit_code == 0, done.output
+    assert "running own.py for its function net" in done.stderr
+    assert np.load("a.npz")["images"].shape == (3, 32, 32, 1)  # grey, as the model takes them
+    assert "needs --latent-dim" in refused(here, *base, "b.npz", *own[:2])
+    assert "are for --generator" in refused(here, *base, "b.npz", *own[2:])
+    assert "two numbers" in refused(here, *base, "b.npz", *own, "--range", "1")
+    assert "lower one first" in refused(here, *base, "b.npz", *own, "--range", "1,0")
+    assert "outside of its output range 5 to 6" in refused(here, *base, "b.npz", *own, "--range", "5,6")
+    assert "--generator" in refused(here, *base, "b.npz")
+
+
 def test_remove_refuses_what_does_not_fit_before_any_work(here, monkeypatch):
     def never(*args, **options):
         raise AssertionError("work was begun")

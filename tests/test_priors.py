@@ -9,7 +9,7 @@ from smi.domains import PublicImages
 from smi.errors import InputError
 from smi.files import load_tensors, save_tensors
 from smi.gan import PriorConfig, fit_prior
-from smi.priors import GAN, GeneratorPrior, Prior, load_prior, sample_latents, save_prior
+from smi.priors import GAN, GeneratorPrior, Prior, load_generator, load_prior, sample_latents, save_prior
 
 CONFIG = PriorConfig(steps=6, batch_size=8)
 PUBLIC = PublicImages(noise(20, 1, 32, 32))
@@ -262,8 +262,9 @@ def test_a_generator_of_ones_own(output_range):
 @pytest.mark.parametrize(
     ("own", "latent_dim", "message"),
     [
-        (Own(0.0, 255.0), 5, "after mapping"),
-        (Own(shape=(16, 16, 3)), 5, "channels-last"),
+        (Own(0.0, 255.0), 5, r"values from .* to 2\d\d, outside of its output range -1 to 1"),
+        (Own(float("nan"), 1.0), 5, "from nan"),
+        (Own(shape=(16, 16, 3)), 5, r"\(16, 16, 16, 3\)"),
         (Own(shape=(3 * 256,)), 5, r"\[N, C, H, W\]"),
         (Own(), 0, "latent_dim"),
         (Own(), 7, "latents of length 7"),
@@ -272,6 +273,53 @@ def test_a_generator_of_ones_own(output_range):
 def test_a_generator_that_does_not_fit(own, latent_dim, message):
     with pytest.raises(InputError, match=message):
         GeneratorPrior(own, latent_dim)
+
+
+def test_a_range_that_is_only_half_used_is_asked_about():
+    with pytest.warns(UserWarning, match="Is its range really -1 to 1"):
+        GeneratorPrior(Own(0.0, 1.0), 5)
+    with pytest.raises(InputError, match="lower one first"):
+        GeneratorPrior(Own(), 5, output_range=(1.0, 0.0))
+
+
+def test_its_images_are_brought_to_a_shape():
+    own, z = Own(0.0, 1.0), torch.randn(2, 5, generator=torch.Generator().manual_seed(0))
+    prior = GeneratorPrior(own, 5, output_range=(0, 1), image_shape=(1, 8, 8))
+    images = own(z)
+    grey = images[:, :1] * 0.299 + images[:, 1:2] * 0.587 + images[:, 2:] * 0.114
+    wanted = nn.functional.interpolate(grey, (8, 8), mode="bilinear", antialias=True)
+    assert torch.allclose(prior.generate(z), wanted, atol=1e-5)
+    coloured = prior.as_channels(3).generate(z)
+    assert coloured.shape == (2, 3, 8, 8)
+    grey_only = GeneratorPrior(Own(shape=(1, 8, 8)), 5).as_channels(3).generate(z)
+    assert torch.equal(grey_only[:, 0], grey_only[:, 2])
+
+
+def test_latents_as_maps_of_one_pixel():
+    net = nn.Sequential(nn.ConvTranspose2d(5, 3, 8), nn.Tanh())
+    prior, z = GeneratorPrior(net, 5), torch.randn(2, 5, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(prior.generate(z), (net(z[:, :, None, None]) + 1) / 2, atol=1e-6)
+
+
+def test_a_generator_from_a_file(tmp_path):
+    file, code = tmp_path / "weights.pth", tmp_path / "own.py"
+    code.write_text(
+        "from torch import nn\n"
+        "def net(latent_dim): return nn.Sequential(nn.ConvTranspose2d(latent_dim, 3, 8), nn.Tanh())\n"
+        "def number(): return 3\n"
+    )
+    net = nn.Sequential(nn.ConvTranspose2d(5, 3, 8), nn.Tanh())
+    torch.save({"state_dict": {f"module.{name}": value for name, value in net.state_dict().items()}}, file)
+    prior, z = load_generator(file, f"{code}:net", 5), torch.randn(2, 5)
+    assert torch.allclose(prior.generate(z), (net(z[:, :, None, None]) + 1) / 2, atol=1e-6)
+    for spec, latent_dim, message in [
+        (f"{code}:net", 6, "does not hold the weights.*size mismatch"),
+        (f"{code}:no", 5, "no function 'no'"),
+        (f"{code}:number", 5, "returns a int"),
+        (f"{tmp_path}/none.py:net", 5, "no file"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            load_generator(file, spec, latent_dim)
 
 
 def test_what_the_protocol_asks_for():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +27,16 @@ class Checkpoint:
     file: Path
     tensors: dict[str, Tensor]
     pack: Callable[[dict[str, Tensor]], bytes] = field(repr=False)
+
+    def names_for(self, expected: Iterable[str]) -> dict[str, str]:
+        """A model's names to the file's, with the prefix that all of the file's share ("module.", ...) taken off."""
+        expected, prefix = list(expected), ""
+        while True:
+            found = {name: prefix + name for name in expected if prefix + name in self.tensors}
+            heads = {name[len(prefix) :].partition(".")[0] for name in self.tensors}
+            if found or len(heads) != 1 or not all("." in name[len(prefix) :] for name in self.tensors):
+                return found
+            prefix += heads.pop() + "."
 
     def write(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         """The same file with other weights: same names, same types, same things beside them. Atomic.

@@ -20,6 +20,20 @@ from torch.nn import functional as F
 from smi.checks import check_images, check_labels
 from smi.errors import InputError
 
+
+def fitted(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """Images ``[N, C, H, W]`` as ``shape``, differentiable: resized, and grey from colour (by luminance) or as three
+    equal channels."""
+    channels, *size = shape
+    if channels != images.shape[1]:
+        weights = images.new_tensor(LUMINANCE).view(1, 3, 1, 1)
+        grey = (images * weights).sum(1, keepdim=True) if images.shape[1] == 3 else images
+        images = grey.expand(-1, channels, -1, -1)
+    if list(images.shape[2:]) == size:
+        return images
+    return F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
+
+
 LUMINANCE = (0.299, 0.587, 0.114)  # of red, green and blue (ITU-R BT.601), as Pillow turns colours into grey
 
 
@@ -61,15 +75,8 @@ class PublicImages:
         return f"PublicImages({len(self)} images, {tuple(self.images.shape[1:])})"
 
     def fitted(self, shape: tuple[int, int, int]) -> PublicImages:
-        """The same images as ``(C, H, W)``: resized, and grey from colour (by luminance) or as three equal channels."""
-        images, (channels, *size) = self.images, shape
-        if channels != images.shape[1]:
-            weights = images.new_tensor(LUMINANCE).view(1, 3, 1, 1)
-            grey = (images * weights).sum(1, keepdim=True) if images.shape[1] == 3 else images
-            images = grey.expand(-1, channels, -1, -1)
-        if tuple(images.shape[2:]) != tuple(size):
-            images = F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
-        return PublicImages(images.clamp(0, 1).contiguous())
+        """The same images as ``shape`` (C, H, W), see `fitted`."""
+        return PublicImages(fitted(self.images, shape).clamp(0, 1).contiguous())
 
 
 @dataclass(frozen=True, eq=False)
