@@ -83,6 +83,11 @@ class Classifier(nn.Module):
     """A body behind per-channel normalisation: images in [0, 1] in, logits out.
 
     body: any module from normalised images to logits. mean, std: per channel, in units of [0, 1] pixels.
+
+    >>> import torch
+    >>> body = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 10))
+    >>> Classifier(body, mean=[0.5] * 3, std=[0.25] * 3)(torch.rand(2, 3, 8, 8)).shape
+    torch.Size([2, 10])
     """
 
     mean: Tensor
@@ -105,7 +110,13 @@ class Classifier(nn.Module):
 
 
 def build_classifier(arch: str, channels: int, num_classes: int, *, seed: int = 0) -> Classifier:
-    """An untrained classifier; its initial weights depend on ``seed`` alone, and the global generator is not used."""
+    """An untrained classifier; its initial weights depend on ``seed`` alone, and the global generator is not used.
+
+    >>> import torch
+    >>> model = build_classifier("small_cnn", channels=1, num_classes=10).eval()
+    >>> model(torch.zeros(2, 1, 32, 32)).shape
+    torch.Size([2, 10])
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "init"))
         body = architectures[arch](channels, num_classes)

@@ -44,7 +44,12 @@ _asked: ContextVar[str] = ContextVar("precision", default="auto")
 @contextmanager
 def precision(name: str) -> Iterator[None]:
     """Inside the block models run in this number format: "auto" (bfloat16 where that is quick), "float32", "bfloat16"
-    or "float16". Weights, logits and losses are float32 whatever it is. Raises `InputError` for another name."""
+    or "float16". Weights, logits and losses are float32 whatever it is. Raises `InputError` for another name.
+
+    >>> with precision("float32"):
+    ...     asked_precision()
+    'float32'
+    """
     if name not in PRECISIONS:
         raise unknown_name("precision", name, PRECISIONS)
     token = _asked.set(name)

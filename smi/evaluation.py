@@ -56,6 +56,12 @@ class Evaluator:
 
     test: the private test set. attack: the trigger and its rule; images whose label the rule would not change (those
     of the target class) are left out of ASR and RA.
+
+    >>> import smi
+    >>> data = smi.load_domain("digits").private.test
+    >>> victim = smi.load_classifier("digits-badnets")
+    >>> Evaluator(data, smi.attacks.BadNets(target=0)).measure(victim).asr > 0.9
+    True
     """
 
     def __init__(self, test: PrivateSet, attack: Attack) -> None:

@@ -147,6 +147,12 @@ def fit_prior(
     checkpoint: a file for the state, written atomically every ``every`` seconds; where it exists already, training goes
     on from it (same images, configuration and seed, or `InputError`) and ends with the same weights as an uninterrupted
     run; Ctrl-C and SIGTERM end it after a last such writing.
+
+    >>> import torch
+    >>> public = PublicImages(torch.rand(64, 1, 32, 32))
+    >>> prior = fit_prior(public, PriorConfig(steps=1))  # thousands, for images that resemble something
+    >>> prior.generate(torch.randn(2, prior.latent_dim)).shape
+    torch.Size([2, 1, 32, 32])
     """
     if not isinstance(public, PublicImages):
         raise InputError(f"fit_prior takes PublicImages, not {type(public).__name__}. Wrap them: PublicImages(images).")

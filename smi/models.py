@@ -70,6 +70,10 @@ def load_classifier(name_or_path: str | Path) -> Classifier:
 
     Raises `InputError` for a missing, truncated or foreign file, an unknown architecture, and weights that do not fit
     it or are not finite.
+
+    >>> import torch
+    >>> load_classifier("digits-badnets")(torch.zeros(1, 1, 32, 32)).shape
+    torch.Size([1, 10])
     """
     return read_classifier(name_or_path)[0]
 

@@ -60,9 +60,11 @@ def remove_backdoor(
     The rest defaults to the project's settings. The model passed in is left as it is. Raises `InputError` before any
     work where the pieces do not fit together.
 
-    >>> prior = load_prior("digits")                        # doctest: +SKIP
-    >>> cleaned = remove_backdoor(my_model, prior)          # doctest: +SKIP
-    >>> save_classifier(cleaned.model, "clean.safetensors", arch="resnet18")  # doctest: +SKIP
+    >>> import smi
+    >>> suspect, prior = smi.load_classifier("digits-badnets"), smi.load_prior("digits")
+    >>> quick = smi.defenses.IBAU(solver=smi.defenses.Published(rounds=1))  # for this example
+    >>> remove_backdoor(suspect, prior, inversion=smi.Latent(steps=1), defense=quick, per_class=2)
+    Cleaned(Repair(by ibau/published on latent samples), Samples(20 latent images of 10 classes, (1, 32, 32)))
     """
     check_prior(prior)
     check_public(public, prior.image_shape)

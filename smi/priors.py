@@ -137,6 +137,10 @@ class GeneratorPrior(nn.Module):
     values it puts out; they are mapped to [0, 1]. image_shape: ``(C, H, W)`` to which its images are brought, resized
     and grey or in colour; default: as they are. Raises `InputError` where one trial batch does not come out as
     ``[N, C, H, W]`` within that range; warns where it keeps to the upper half of it.
+
+    >>> dcgan = nn.Sequential(nn.ConvTranspose2d(100, 3, 32), nn.Tanh())
+    >>> GeneratorPrior(dcgan, latent_dim=100).generate(torch.zeros(2, 100)).shape
+    torch.Size([2, 3, 32, 32])
     """
 
     record: dict[str, Any]
@@ -249,7 +253,11 @@ def save_prior(prior: GAN, path: str | Path) -> None:
 
 
 def load_prior(name: str | Path) -> GAN:
-    """The prior that ships under ``name`` ("digits"), or the one saved in a file. Returned in eval mode."""
+    """The prior that ships under ``name`` ("digits"), or the one saved in a file. Returned in eval mode.
+
+    >>> load_prior("digits")
+    GAN(latent_dim=64, image_shape=(1, 32, 32))
+    """
     if str(name) == "digits":
         with resources.as_file(resources.files("smi") / "assets" / "digits_prior.safetensors") as file:
             return _read(file)

@@ -80,6 +80,12 @@ def select_stable(
     """Keep ``per_class`` candidates of every class, most stable first, subject to diversity.
 
     Candidates that the model itself does not take for their class come last. Returns `Samples` with their scores.
+
+    >>> import smi
+    >>> suspect, prior = smi.load_classifier("digits-badnets"), smi.load_prior("digits")
+    >>> candidates = smi.invert(suspect, prior, smi.Latent(steps=1), per_class=4)
+    >>> select_stable(suspect, candidates, per_class=2)
+    Samples(20 latent images of 10 classes, (1, 32, 32))
     """
     scores = score_samples(model, candidates, selection, seed=seed)
     wrong = predict(model, candidates.images).argmax(1) != candidates.labels

@@ -101,6 +101,15 @@ def load_suspect(
     takes grey images, as three equal channels.
 
     Raises `InputError` for what does not fit.
+
+    >>> import os, tempfile
+    >>> from smi.classifiers import small_cnn
+    >>> file = os.path.join(tempfile.mkdtemp(), "theirs.pth")
+    >>> state = small_cnn(3, 10).state_dict()
+    >>> torch.save({"state_dict": {f"module.{name}": value for name, value in state.items()}}, file)
+    >>> suspect = load_suspect(file, arch="small_cnn", mean=[0.5], std=[0.25])
+    >>> suspect.channels, len(suspect.classes), suspect.suffix
+    (3, 10, '.pth')
     """
     if is_ours(path):
         if arch or mean or std or size or bgr or grey:

@@ -17,8 +17,8 @@ class InputError(ValueError):
 def unknown_name(kind: str, name: object, allowed: Iterable[str]) -> InputError:
     """An error for a name that is not registered, with the nearest names first.
 
-    >>> print(unknown_name("attack", "badnet", ["badnets", "wanet"]))
-    Unknown attack 'badnet'. Allowed: badnets, wanet. Did you mean 'badnets'?
+    >>> print(unknown_name("attack", "badnet", ["badnets", "sig"]))
+    Unknown attack 'badnet'. Allowed: badnets, sig. Did you mean 'badnets'?
     """
     names = sorted(allowed)
     near = difflib.get_close_matches(str(name).lower(), names, n=3, cutoff=0.5)

@@ -84,6 +84,12 @@ def stability_scores(
 
     Raises:
         InputError: for anything that cannot be used; says what was wrong, what is allowed and what to try.
+
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3)).eval()
+    >>> images, labels = torch.rand(5, 1, 8, 8), torch.zeros(5, dtype=torch.int64)
+    >>> stability_scores(model, images, labels, k=4, sigma_x=0.1, sigma_w=0.1).shape
+    torch.Size([5])
     """
     name, request = _request(
         model, images, labels, k=k, sigma_x=sigma_x, sigma_w=sigma_w, family=family, input_family=input_family,

@@ -126,6 +126,12 @@ def poison(data: PrivateSet, attack: Attack, *, rate: float | None = None, seed:
     """``data`` with a backdoor in it: for most attacks, a share ``rate`` (0 to 1) of its images stamped and relabelled.
 
     rate: by default the attack's own. Returns a new set; ``data`` is left as it is.
+
+    >>> import smi
+    >>> train = smi.load_domain("digits").private.train
+    >>> poisoned = poison(train, smi.attacks.BadNets(target=0), rate=0.1)
+    >>> len(poisoned.images) == len(train)
+    True
     """
     if not isinstance(attack, Attack):
         raise InputError(f"poison takes an Attack, not {type(attack).__name__}. Try smi.attacks.BadNets(target=0).")

@@ -21,7 +21,15 @@ from smi.domains.base import PublicImages, Samples
 @defenses.register("ibau")
 @dataclass(frozen=True, kw_only=True)
 class IBAU(Defense):
-    """I-BAU with a `Robust`, a `Restarted` or a `Published` solver."""
+    """I-BAU with a `Robust`, a `Restarted` or a `Published` solver.
+
+    >>> import smi
+    >>> suspect, prior = smi.load_classifier("digits-badnets"), smi.load_prior("digits")
+    >>> samples = smi.invert(suspect, prior, smi.Latent(steps=1), per_class=2)
+    >>> few = Published(rounds=1)  # the default, Robust(), takes the better part of a minute
+    >>> IBAU(solver=few).repair(suspect, samples)
+    Repair(by ibau/published on latent samples)
+    """
 
     solver: Robust | Restarted | Published = field(default_factory=Robust)
 

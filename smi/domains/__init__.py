@@ -64,6 +64,13 @@ def load_domain(
     raises. Relative paths start at the current folder. root: where data sets that go by a name lie. download: whether
     they may be fetched. Raises `InputError` for an unknown name (with the nearest ones), for missing or damaged files,
     and for public images of another shape or from the private source itself.
+
+    >>> load_domain("digits").private.train
+    PrivateSet(4000 images of 10 classes, (1, 32, 32))
+    >>> load_domain("digitz")
+    Traceback (most recent call last):
+    ...
+    smi_kernels.errors.InputError: Unknown domain 'digitz'. Allowed: ...
     """
     labels = public_classes(public) if isinstance(public, str) else None
     domain = _load(name_or_path, root, download)
@@ -86,6 +93,9 @@ def load_public(name_or_path: str | Path, *, root: str | Path = "data", download
     (``digits``: without reading the private ones), else its training images without their labels.
 
     For a defender whose suspect model comes from another domain; nothing here can check that it does.
+
+    >>> load_public("digits")
+    PublicImages(1797 images, (1, 32, 32))
     """
     name = str(name_or_path)
     if name in domains and (alone := domains[name].public) is not None:

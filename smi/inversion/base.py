@@ -128,6 +128,11 @@ def invert(
     state, written every ``every`` seconds and before Ctrl-C and SIGTERM end the work; where it exists, the inversion
     goes on from it, to the same images. Returns `Samples`, class by class, source ``method.name``. Raises `InputError`
     before any work where model, prior and class count do not fit together.
+
+    >>> import smi
+    >>> suspect, prior = smi.load_classifier("digits-badnets"), smi.load_prior("digits")
+    >>> invert(suspect, prior, smi.Stabilized(steps=2), per_class=2)
+    Samples(20 smi images of 10 classes, (1, 32, 32))
     """
     check_number("per_class", per_class, low=1, integer=True)
     if not isinstance(method, Inversion):
