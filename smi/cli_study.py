@@ -181,6 +181,28 @@ def analyse(name: str, out: Path | None, cache: Path | None, csv_file: Path, pic
     click.echo(f"wrote {', '.join(map(str, files))}: {len(rows)} rows; {missing} sample sets were not ready")
 
 
+@study.command()
+@located
+@click.option("--csv", "csv_file", type=click.Path(path_type=Path, dir_okay=False), required=True,
+              help="One row a model, to this file.")  # fmt: skip
+@click.option("--force", is_flag=True, help="Overwrite the file.")
+def detect(name: str, out: Path | None, cache: Path | None, csv_file: Path, force: bool) -> None:
+    """Whether the victims can be told from clean models without clean data: the smallest universal δ a class.
+
+    Needs the victims in the cache; what is found is kept beside the cells.
+    """
+    from smi.analysis.detected import DETECTION_COLUMNS, detections
+    from smi.files import output_file, write_atomic
+    from smi.study.results import as_csv
+
+    chosen, store = _open(name, out, cache)
+    if not force:
+        output_file(csv_file)
+    rows, missing = detections(chosen, store)
+    write_atomic(csv_file, as_csv(rows, DETECTION_COLUMNS))
+    click.echo(f"wrote {csv_file}: {len(rows)} rows; {missing} victims were not ready")
+
+
 def _open(name: str, out: Path | None, cache: Path | None) -> tuple[Any, Any]:
     """The study and its store."""
     from smi.study import Store, load_study

@@ -102,7 +102,7 @@ def _measure(cell: Cell, store: Store) -> Row:
     tensors, meta = load_tensors(_samples(cell, store), "samples")
     samples = Samples(tensors["images"], tensors["labels"], meta["num_classes"], cell.source)
     domain = _domain(cell.place.domain, cell.place.public)
-    alike = similarity(_judge(cell, store, domain), samples, domain.private.test)
+    alike = similarity(clean_judge(cell, store, domain), samples, domain.private.test)
     values = {"frechet": alike.frechet, "nearest": alike.nearest, "judge_accuracy": alike.accuracy}
     values |= _scores(model, samples, cell.seed)
     values |= _presence(_detector(cell, store, domain, attack), attack, samples, domain)
@@ -138,7 +138,7 @@ def _residual(images: Tensor, attack: Attack, clean: Tensor) -> float | None:
         return None
 
 
-def _judge(cell: Cell, store: Store, domain: Domain) -> nn.Module:
+def clean_judge(cell: Cell, store: Store, domain: Domain) -> nn.Module:
     """A classifier trained on the clean private images with a seed of its own."""
     train, data, seed = cell.place.train, domain.private.train, JUDGE_SEED + cell.seed
     key = digest({"domain": cell.place.domain, "public": cell.place.public, "train": asdict(train), "seed": seed})

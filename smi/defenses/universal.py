@@ -20,22 +20,32 @@ TINY = 1e-12
 AWAY = -1  # as a target: away from the image's own label
 
 
-def noise_start(count: int, shape: torch.Size, radius: float, rng: torch.Generator) -> Tensor:
+def noise_start(count: int, shape: torch.Size, radius: float | Tensor, rng: torch.Generator) -> Tensor:
     """Gaussian noise ``[count, *shape]`` of norm close to ``radius``."""
     return torch.randn(count, *shape, generator=rng) * radius / math.sqrt(shape.numel())
 
 
 def universal(
-    run: Runner, images: Tensor, labels: Tensor, targets: Tensor, *, radius: float, steps: int, rng: torch.Generator
+    run: Runner,
+    images: Tensor,
+    labels: Tensor,
+    targets: Tensor,
+    *,
+    radius: float | Tensor,
+    steps: int,
+    rng: torch.Generator,
 ) -> Tensor:
-    """One universal δ per entry of ``targets``: ``[T, C, H, W]`` with ``‖δ_t‖₂ ≤ radius``.
+    """One universal δ per entry of ``targets``: ``[T, C, H, W]`` with ``‖δ_t‖₂ ≤ radius``, one for all or ``[T]``.
 
     images ``[N, C, H, W]``, labels ``[N]``. targets ``[T]``: a class t to send every image to (images of t itself are
     left out), or `AWAY` to send images away from their labels. Normalised-gradient steps on the cross-entropy, shorter
     and shorter, so that the last ones refine.
     """
     count = len(targets)
-    delta, targets = noise_start(count, images.shape[1:], radius, rng).to(images.device), targets.to(labels.device)
+    if isinstance(radius, Tensor):
+        radius = radius.view(-1, 1, 1, 1)
+    delta = noise_start(count, images.shape[1:], radius, rng).to(images.device)
+    targets, radius = targets.to(labels.device), radius.to(images.device) if isinstance(radius, Tensor) else radius
     wanted = torch.where(targets[:, None] == AWAY, labels[None], targets[:, None])
     weight = torch.where(targets == AWAY, -1.0, 1.0)[:, None] * (targets[:, None] != labels[None])
 
@@ -55,7 +65,7 @@ def universal(
     return delta.detach()
 
 
-def into_ball(delta: Tensor, radius: float) -> Tensor:
+def into_ball(delta: Tensor, radius: float | Tensor) -> Tensor:
     """Each ``delta[t]`` scaled down to norm ``radius`` where it is longer."""
     norm = delta.flatten(1).norm(dim=1).view(-1, 1, 1, 1).clamp(min=TINY)
     return delta * (radius / norm).clamp(max=1)

@@ -92,7 +92,7 @@ def make_victim(cell: Cell, store: Store) -> str:
     if is_whole(file, "victim"):
         return str(file)
     start, domain = time.perf_counter(), _domain(cell.place.domain, cell.place.public)
-    surrogate = _surrogate(cell, store, domain) if cell.attack.needs_surrogate else None
+    surrogate = clean_classifier(cell, store, domain) if cell.attack.needs_surrogate else None
     model, attack = plant(domain.private.train, cell.attack, cell.place.train, surrogate=surrogate, seed=cell.seed)
     before = Evaluator(domain.private.test, attack).measure(model)
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
@@ -106,7 +106,7 @@ def make_victim(cell: Cell, store: Store) -> str:
     return str(file)
 
 
-def _surrogate(cell: Cell, store: Store, domain: Domain) -> nn.Module:
+def clean_classifier(cell: Cell, store: Store, domain: Domain) -> nn.Module:
     """A classifier trained on the clean images, for attacks that are optimised against one; kept like a victim."""
     train = cell.place.train
     made_from = {"domain": cell.place.domain, "public": cell.place.public, "train": asdict(train), "seed": cell.seed}

@@ -1,0 +1,121 @@
+"""How well `smi.detect` tells a study's victims from clean models: one row a model.
+
+Clean models are the classifiers of the same data and architecture that a study trains for its attacks and its judges.
+What is found is kept beside the cells, in the folder ``detections``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch import nn
+
+from smi.analysis.study import JUDGE_SEED, clean_judge
+from smi.detection import UNUSUAL, Detection, Detector, detect
+from smi.domains import Domain, load_domain
+from smi.files import write_atomic
+from smi.priors import load_prior
+from smi.progress import track
+from smi.study.results import Row
+from smi.study.spec import Cell, Study, digest
+from smi.study.stages import Store, clean_classifier, is_whole, load_victim, make_prior
+
+NONE = "none"  # the attack on a clean model
+CONFIG = Detector()
+
+DETECTION_COLUMNS = (
+    "domain", "attack", "seed", "asr", "ratio_target", "ratio_least", "least", "flagged", "student_agrees"
+)  # fmt: skip
+"""attack: "none" for a clean model. asr: attack success of the victim. ratio_target, ratio_least: `Detection.ratio` of
+the attacker's class (of the least, where every class is a target) and of the class where it is least. flagged: "target"
+where the attacker's class stands out, "other" where only others do, "no" where none does. student_agrees:
+`Detection.agreement`."""
+
+
+@dataclass(frozen=True)
+class _Model:
+    """One model of a study. seed: that it was trained with. clean: "" for the cell's victim, else which clean model."""
+
+    cell: Cell
+    seed: int
+    clean: str = ""
+
+    @property
+    def key(self) -> str:
+        """Names its file."""
+        clean = {"place": asdict(self.cell.place), "clean": self.clean}
+        what = clean if self.clean else {"victim": self.cell.victim_key}
+        return digest(what | {"seed": self.seed, "detector": asdict(CONFIG)})
+
+
+def detections(study: Study, store: Store) -> tuple[list[Row], int]:
+    """Rows of `DETECTION_COLUMNS`, and how many victims of the study are neither in the cache nor measured."""
+    models = list(_models(study))
+    ready = [model for model in models if model.clean or _file(model, store).exists() or _whole(model, store)]
+    rows = [_row(model, store) for model in track(ready, f"detection of {study.name}")]
+    return rows, len(models) - len(ready)
+
+
+def _models(study: Study) -> Iterator[_Model]:
+    """Each model once."""
+    seen: set[object] = set()
+    for cell in study.cells:
+        if cell.victim_key not in seen:
+            seen.add(cell.victim_key)
+            yield _Model(cell, cell.seed)
+        if (cell.place, cell.seed) not in seen:
+            seen.add((cell.place, cell.seed))
+            yield _Model(cell, cell.seed, "surrogate")
+            yield _Model(cell, JUDGE_SEED + cell.seed, "judge")
+
+
+def _whole(model: _Model, store: Store) -> bool:
+    return is_whole(store.kept("victims", model.cell.victim_key), "victim")
+
+
+def _file(model: _Model, store: Store) -> Path:
+    return store.results / "detections" / f"{model.key}.json"
+
+
+def _row(model: _Model, store: Store) -> Row:
+    file = _file(model, store)
+    if not file.exists():
+        row = _measure(model, store)
+        file.parent.mkdir(exist_ok=True, parents=True)
+        write_atomic(file, json.dumps(row, indent=1, sort_keys=True) + "\n")
+    kept = json.loads(file.read_text(encoding="utf-8"))
+    return {name: kept[name] for name in DETECTION_COLUMNS}
+
+
+def _measure(model: _Model, store: Store) -> Row:
+    cell, domain = model.cell, load_domain(model.cell.place.domain, public=model.cell.place.public)
+    net, targets, asr = _loaded(model, store, domain)
+    found = detect(net, load_prior(make_prior(cell.place, store)), domain.public, CONFIG, seed=cell.seed)
+    row: Row = {"domain": cell.place.domain, "attack": NONE if model.clean else cell.attack_name, "seed": model.seed}
+    row |= {"asr": asr, "student_agrees": found.agreement} | _ratios(found, targets)
+    return {name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in row.items()}
+
+
+def _loaded(model: _Model, store: Store, domain: Domain) -> tuple[nn.Module, list[int], float | None]:
+    """The model, the attacker's classes and the attack's success; none and None for a clean one."""
+    cell = model.cell
+    if model.clean:
+        make = clean_classifier if model.clean == "surrogate" else clean_judge
+        return make(cell, store, domain), [], None
+    net, attack, before = load_victim(str(store.kept("victims", cell.victim_key)), cell.attack)
+    return net, attack.relabel(domain.private.train.labels, domain.num_classes).unique().tolist(), before.asr
+
+
+def _ratios(found: Detection, targets: list[int]) -> Row:
+    ratio = dict(zip(found.classes, found.ratio.tolist(), strict=True))
+    least = min(ratio, key=ratio.__getitem__)
+    out = {label for label, value in ratio.items() if value < UNUSUAL}
+    return {
+        "ratio_target": min((ratio[label] for label in targets if label in ratio), default=None),
+        "ratio_least": ratio[least],
+        "least": least,
+        "flagged": "target" if out & set(targets) else "other" if out else "no",
+    }
