@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         build_classifier as build_classifier,
         train_classifier as train_classifier,
     )
+    from smi.detection import detect as detect
     from smi.domains import (
         Domain as Domain,
         PrivateSet as PrivateSet,
@@ -56,6 +57,7 @@ _HOMES = {
     "smi": "attacks defenses",
     "smi.attacks": "plant poison",
     "smi.classifiers": "Classifier TrainConfig build_classifier train_classifier",
+    "smi.detection": "detect",
     "smi.domains": "Domain PrivateSet PublicImages Samples load_domain load_public",
     "smi.errors": "InputError",
     "smi.evaluation": "Comparison Evaluator Measurement clean_control",

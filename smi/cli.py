@@ -121,6 +121,7 @@ def lab(into: Path | None, port: int, browser: bool, options: tuple[str, ...]) -
 @click.option("--public", "public_name", help="Unlabelled public images: a domain's name, an .npz or a folder.")
 @click.option("--prior-steps", type=click.IntRange(min=1), help="Of a prior that is trained here.  [default: 4000]")
 @click.option("--per-class", type=click.IntRange(min=1), default=PER_CLASS, show_default=True)
+@click.option("--detect/--no-detect", "detection_wanted", default=True, help="Look for signs of a backdoor, too.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder, new or empty.")
 @force_option
 @resume_option
@@ -130,14 +131,15 @@ def lab(into: Path | None, port: int, browser: bool, options: tuple[str, ...]) -
 def remove(
     model: str, prior_name: str | None, own: dict[str, Any] | None, public_name: str | None, prior_steps: int | None,
     per_class: int, out: Path, force: bool, resume: bool, form: dict[str, Any], root: str, download: bool, seed: int,
-    device: str,
+    device: str, detection_wanted: bool,
 ) -> None:  # fmt: skip
     """Remove a backdoor from MODEL without clean data.
 
     MODEL is a file of smi's, or a state dict (safetensors, or by torch.save) with --arch, --mean and --std. Nothing in
     it is run. Say --prior, --public or both: without a prior one is trained on the public images, which takes longer
-    than all the rest; with one, public images help accuracy. Writes the repaired weights in the layout that they came
-    in, report.html, report.json, and the prior where it was trained here. What is stopped goes on with --resume.
+    than all the rest; with one, public images help accuracy. Says whether there are signs of a backdoor, and why, and
+    writes the repaired weights in the layout that they came in, report.html and report.json, and the prior where it was
+    trained here. What is stopped goes on with --resume.
 
     \b
     Examples:
@@ -146,6 +148,7 @@ def remove(
         --public photographs/ --out repaired
     """
     from smi.checks import check_model
+    from smi.detection import detect
     from smi.errors import InputError
     from smi.files import claimed
     from smi.gan import PriorConfig, fit_prior
@@ -172,9 +175,17 @@ def remove(
         assert prior is not None
         with clock("remove"):
             cleaned = remove_backdoor(suspect.model, prior, public, per_class=per_class, seed=seed, checkpoint=work)
+        detection = None
+        if detection_wanted:
+            fooling = cleaned.repair.log.get("fooling_before")
+            with clock("detect"):
+                detection = detect(
+                    suspect.model, prior, public,
+                    fooling=fooling, seed=seed, checkpoint=work / "detection.safetensors",
+                )  # fmt: skip
         settings = {"model": model, "form": form, "prior": prior.record, "public": public_name, "per_class": per_class}
         settings |= {"resumed": resume} | cleaned.repair.settings
-        removal = Removal(suspect, cleaned, seed, clock.seconds, settings)
+        removal = Removal(suspect, cleaned, seed, clock.seconds, settings, detection)
         paths = write_report(removal, folder, force=force)
         if prior_name is None and isinstance(prior, GAN):
             paths.append(folder / "prior.safetensors")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from smi.compute import predict, versions
+from smi.detection import UNUSUAL, Detection
 from smi.files import output_folder, write_atomic
 from smi.models import save_classifier
 from smi.page import page, paragraph
@@ -27,6 +28,7 @@ from smi.sections import (
     curves_section,
     defender_section,
     defense_name,
+    detection_section,
     percent,
     perturbations_section,
     reconstructions_section,
@@ -45,7 +47,7 @@ class Removal:
     """A removal from a user's own model, and what can be measured about it without clean data or the trigger.
 
     suspect: the model before, and the layout to save the repaired one in. stages: seconds by stage. settings: for the
-    record.
+    record. detection: whether the suspect shows a backdoor, where that was looked into.
     """
 
     suspect: Suspect
@@ -53,6 +55,7 @@ class Removal:
     seed: int
     stages: dict[str, float]
     settings: dict[str, Any]
+    detection: Detection | None = None
 
     @cached_property
     def agreement(self) -> Tensor:
@@ -78,6 +81,8 @@ class Removal:
             "agreement": self.agreement.float().mean().item(),
             "stability": {"median_before": before, "median_after": after},
             "findings": findings(self.cleaned.repair),
+            "detection": None if self.detection is None else self.detection.record(),
+            "verdict": removal_verdict(self),
             "stages": self.stages,
             "settings": self.settings,
             "versions": versions(),
@@ -134,6 +139,7 @@ def removal_page(removal: Removal) -> str:
     return page(
         f"Backdoor removal without clean data, seed {removal.seed}",
         paragraph(removal_verdict(removal), "verdict"),
+        *([] if removal.detection is None else [detection_section(removal.detection, classes)]),
         defender_section(removal.agreement, removal.stability, cleaned.repair, cleaned.samples, classes),
         reconstructions_section(cleaned.samples, classes),
         perturbations_section(cleaned.repair, classes),
@@ -161,17 +167,45 @@ def verdict(demo: Demo) -> str:
 
 
 def removal_verdict(removal: Removal) -> str:
-    """One sentence on what a defender can tell."""
+    """What a defender can tell: whether there are signs of a backdoor and why, and what the removal did."""
     log, same = removal.cleaned.repair.log, percent(removal.agreement.float().mean().item())
+    head = "" if removal.detection is None else detection_verdict(removal.detection, removal.suspect.classes) + " "
     kept = f"the repaired model gives {same} of the reconstructions the label that the suspect model gave"
     if not log.get("fooling_before"):
-        return f"Repaired by {defense_name(removal.cleaned.repair.defense)}: {kept}."
+        return f"{head}Repaired by {defense_name(removal.cleaned.repair.defense)}: {kept}."
     classes = removal.suspect.classes
     worst = max(range(len(classes)), key=lambda label: log["fooling_before"][label])
     return (
-        f"One small pattern sent {percent(log['fooling_before'][worst])} of the other classes' reconstructions to "
-        f"class “{classes[worst]}”. On the repaired model the strongest pattern of that size, for any class, "
-        f"sends {percent(max(log['fooling_after']))}, and {kept}."
+        f"{head}Before the removal one pattern of L2 norm {log['radius']:.2g} sent "
+        f"{percent(log['fooling_before'][worst])} of the other classes' reconstructions to class “{classes[worst]}”. "
+        f"On the repaired model the strongest pattern of that size, for any class, sends "
+        f"{percent(max(log['fooling_after']))}, and {kept}."
+    )
+
+
+def detection_verdict(found: Detection, classes: Sequence[str]) -> str:
+    """Whether the suspect shows a backdoor, with the reason."""
+    if not found.conclusive:
+        return (
+            "Whether there is a backdoor cannot be said: a fresh model that was taught the suspect's labels agrees "
+            f"with it on only {percent(found.agreement)} of the prior's images, too few to compare with."
+        )
+    ratio = dict(zip(found.classes, found.ratio.tolist(), strict=True))
+    if not found.reached:
+        label = min(ratio, key=ratio.__getitem__)
+        return (
+            f"No sign of a backdoor was found: no class is reached by an unusually small pattern. Closest comes class "
+            f"“{classes[label]}”, at {ratio[label]:.2f} of what is usual; below {UNUSUAL:g} would be a sign. That is "
+            "no proof: faint or moving triggers need not show this way."
+        )
+    first, others = found.reached[0], len(found.reached) - 1
+    place = found.classes.index(first)
+    more = f" So {'is' if others == 1 else 'are'} {others} other class{'' if others == 1 else 'es'}." if others else ""
+    return (
+        f"There are signs of a backdoor: class “{classes[first]}” is reached by an unusually small pattern. One of L2 "
+        f"norm {found.suspect[place].item():.2g} sends half of all other images there; on a fresh model of the same "
+        f"task it takes {found.student[place].item():.2g}. That is {ratio[first]:.2f} of what is usual for a class; "
+        f"below {UNUSUAL:g} counts as a sign.{more}"
     )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from smi import figures
 from smi.compute import predict
 from smi.defenses import Repair
+from smi.detection import UNUSUAL, Detection
 from smi.domains.base import Samples
 from smi.page import details, paragraph, picture, section, table
 from smi.pipeline import Demo, example_stamps
@@ -165,6 +166,28 @@ def time_section(stages: Mapping[str, float], threads: int) -> str:
 def record_section(settings: Mapping[str, Any], versions: Mapping[str, str]) -> str:
     """Settings and versions, folded away."""
     return section("Settings", details("Settings of this run", settings), details("Versions", versions))
+
+
+def detection_section(found: Detection, classes: Sequence[str]) -> str:
+    """Radii on the suspect and on its student, a row a class that was examined."""
+    ratio = found.ratio.tolist()
+    values = zip(found.classes, found.suspect.tolist(), found.student.tolist(), ratio, strict=True)
+    rows = [[classes[label], f"{mine:.2g}", f"{theirs:.2g}", f"{share:.2f}"] for label, mine, theirs, share in values]
+    note = (
+        "Of each class, the L2 norm of the smallest pattern that was found to send half of all other images there: on "
+        "the suspect model, and on a fresh model of the same architecture that was taught the suspect's labels of "
+        f"images without any trigger (it agrees on {percent(found.agreement)} of the prior's images). A backdoor makes "
+        "its class easy to reach on the suspect alone."
+    )
+    caption = f"Ratio: the one norm over the other, where the median class has 1. Below {UNUSUAL:g} counts as a sign."
+    caption += _cut_table(len(classes), len(found.classes))
+    head = ["Class", "Suspect", "Fresh model", "Ratio"]
+    mark = min(range(len(ratio)), key=ratio.__getitem__) if found.reached else None
+    return section("Is there a backdoor?", paragraph(note), table(head, rows, caption, mark))
+
+
+def _cut_table(count: int, shown: int) -> str:
+    return "" if shown == count else f" {shown} of {count} classes were examined, the easiest to reach among them."
 
 
 def defender_section(same: Tensor, stability: tuple[Tensor, Tensor], repair: Repair, samples: Samples,
