@@ -111,7 +111,7 @@ def detect(
     model: nn.Module,
     prior: Prior,
     public: PublicImages | None = None,
-    config: Detector = Detector(),
+    config: Detector | None = None,
     *,
     fooling: Sequence[float] | None = None,
     seed: int = 0,
@@ -124,6 +124,7 @@ def detect(
     each class ``[classes]``, where a removal has measured that; with many classes the highest are examined. checkpoint:
     a file for the result, which is not found twice.
     """
+    config = config or Detector()
     record: dict[str, Any] = asdict(config) | {"fooling": None if fooling is None else list(fooling), "seed": seed}
     if checkpoint is not None:
         record |= {"model": fingerprint_of(model), "prior": fingerprint_of(prior)}

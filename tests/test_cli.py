@@ -10,6 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+import smi.detection
 import smi.domains
 import smi.pipeline
 import smi.priors
@@ -20,6 +21,7 @@ from smi.cli import PER_CLASS, cli
 from smi.compute import asked_precision
 from smi.defenses import IBAU, Robust
 from smi.defenses.base import Schedule
+from smi.detection import Detector
 from smi.files import load_tensors, save_tensors
 from smi.gan import PriorConfig, fit_prior
 from smi.inversion import Stabilized, inversions
@@ -35,6 +37,7 @@ def here(tmp_path, monkeypatch):
     """An empty working folder with a suspect model, a prior and images; threads stay as they are."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    monkeypatch.setattr(smi.detection, "Detector", lambda: Detector(lessons=2, batch_size=8, images=4, steps=1))
     save_classifier(build_classifier("small_cnn", 1, 3).eval(), "suspect.safetensors", arch="small_cnn")
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -131,7 +134,7 @@ def test_without_a_prior_one_is_trained_on_the_public_images(here, monkeypatch):
     assert all(torch.equal(value, again[name]) for name, value in given["prior"].state_dict().items())
     kept = smi.priors.load_prior("out/prior.safetensors")
     assert kept.record["config"]["steps"] == 2
-    assert json.loads((here / "out/report.json").read_text())["stages"].keys() == {"prior", "remove"}
+    assert json.loads((here / "out/report.json").read_text())["stages"].keys() == {"prior", "remove", "detect"}
 
 
 def test_a_removal_that_is_stopped_goes_on_to_the_same_weights(here, monkeypatch):
@@ -143,7 +146,7 @@ def test_a_removal_that_is_stopped_goes_on_to_the_same_weights(here, monkeypatch
     real, begun = smi.unfinished.Unfinished.save, []
 
     def save(self, state):
-        """Ctrl-C after the first state of the inversion, and after the first of the removal."""
+        """Ctrl-C after the first state of each stage."""
         real(self, state)
         if self._kind not in begun:
             begun.append(self._kind)
@@ -154,9 +157,10 @@ def test_a_removal_that_is_stopped_goes_on_to_the_same_weights(here, monkeypatch
     assert "--resume" in refused(here, *command, "--out", "parts")
     assert "seed was 0 there" in refused(here, *command, "--out", "parts", "--resume", "--seed", 1)
     assert smi_run(*command, "--out", "parts", "--resume").exit_code == 130
-    assert begun == ["inversion", "removal"]
+    assert smi_run(*command, "--out", "parts", "--resume").exit_code == 130
+    assert begun == ["inversion", "removal", "detection"]
     assert sorted(p.name for p in (here / "parts.unfinished").iterdir()) == [
-        "inversion.safetensors", "removal.safetensors"
+        "detection.safetensors", "inversion.safetensors", "removal.safetensors"
     ]  # fmt: skip
     assert smi_run(*command, "--out", "parts", "--resume").exit_code == 0
     assert not (here / "parts.unfinished").exists()
