@@ -140,7 +140,7 @@ def run_study(
     return Ran(before, len(todo) - failed, failed)
 
 
-def _has_failed(future: Future, cell: Cell, store: Store) -> bool:
+def _has_failed(future: Future[Any], cell: Cell, store: Store) -> bool:
     """Whether a cell has failed, which is recorded. Raises `InputError` where it is not the cell that is at fault."""
     error = CancelledError() if future.cancelled() else future.exception()
     if isinstance(error, CancelledError):
@@ -158,18 +158,18 @@ def _has_failed(future: Future, cell: Cell, store: Store) -> bool:
 
 def submit(
     client: Client, cells: list[Cell], store: Store, pieces: Stages, resource: str | None = None
-) -> dict[Future, Cell]:
+) -> dict[Future[Any], Cell]:
     """One future a cell; what cells share is computed once. Every task takes one unit of ``resource``.
 
     Of the tasks that can run, those nearest to a result go first: a study that is stopped has finished cells to show,
     and not just the pieces of all of them.
     """
 
-    def task(nearness: int, function: Any, *args: Any) -> Future:
+    def task(nearness: int, function: Any, *args: Any) -> Future[Any]:
         return client.submit(function, *args, pure=False, priority=nearness, resources=resource and {resource: 1})
 
-    priors: dict[Place, Future] = {}
-    shared: dict[str, Future] = {}
+    priors: dict[Place, Future[Any]] = {}
+    shared: dict[str, Future[Any]] = {}
     made = {}
     for cell in cells:
         if cell.needs_prior and cell.place not in priors:
@@ -184,7 +184,7 @@ def submit(
     return made
 
 
-def _completed(futures: Iterable[Future], check: Callable[[], object] = lambda: None) -> Iterator[Future]:
+def _completed(futures: Iterable[Future[Any]], check: Callable[[], object] = lambda: None) -> Iterator[Future[Any]]:
     """The futures as they complete. ``check`` is called whenever none did for `PATIENCE`; it may raise."""
     from distributed import as_completed
 
