@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 PER_CLASS = 30
 TRIES = 1000
+STATES = 8  # copies of a model's weights on disk: a state is three, an old and a new one for a moment, and the results
 
 
 def main() -> None:
@@ -150,7 +151,7 @@ def remove(
     from smi.checks import check_model
     from smi.detection import detect
     from smi.errors import InputError
-    from smi.files import claimed
+    from smi.files import ROOM, check_room, claimed
     from smi.gan import PriorConfig, fit_prior
     from smi.pipeline import Clock, remove_backdoor
     from smi.priors import GAN, SIZE, save_prior
@@ -164,6 +165,7 @@ def remove(
         raise InputError("--prior-steps is for a prior that is trained here. Leave it out, or --prior.")
     with claimed(out, folder=True, force=force) as folder, workplace(folder, resume=resume, force=force) as work:
         suspect, clock = load_suspect(model, **form).to(device), Clock()
+        check_room(folder, ROOM + STATES * suspect.size)
         prior = None if prior_name is None else _prior(prior_name, suspect.channels, own)
         shape = (suspect.channels, SIZE, SIZE) if prior is None else prior.image_shape
         public = None if public_name is None else _public(public_name, shape, root, download)

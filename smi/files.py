@@ -79,6 +79,14 @@ def output_folder(path: str | Path, *, force: bool = False) -> Path:
     return folder
 
 
+def check_room(place: str | Path, room: int) -> None:
+    """Raise `InputError` unless the disk of ``place`` has ``room`` bytes left."""
+    free = shutil.disk_usage(next(p for p in Path(place).absolute().parents if p.exists())).free
+    if free < room:
+        left, least = free / 1e6, room / 1e6
+        raise InputError(f"The disk of {place} has {left:.0f} MB left; at least {least:.0f} MB are needed.")
+
+
 @contextmanager
 def claimed(path: str | Path, *, folder: bool = False, force: bool = False, room: int = ROOM) -> Iterator[Path]:
     """``path`` for this process alone while it works; checked as `output_file` or `output_folder` do, before any work.
@@ -91,15 +99,12 @@ def claimed(path: str | Path, *, folder: bool = False, force: bool = False, room
     place = check(path, force=force)
     parent = next(p for p in place.absolute().parents if p.exists())
     try:
-        free = shutil.disk_usage(parent).free
+        check_room(place, room)
         name = "-".join(place.absolute().relative_to(parent).parts)
         handle, lock = _lock(parent / f".{name}.smi-lock", place)
     except OSError as error:
         raise InputError(f"{place} cannot be written ({error.strerror}). Choose another place.") from error
     try:
-        if free < room:
-            left, least = free / 1e6, room / 1e6
-            raise InputError(f"The disk of {place} has {left:.0f} MB left; at least {least:.0f} MB are needed.")
         yield check(path, force=force)  # another process may have finished it between the first look and the lock
     finally:
         lock.unlink(missing_ok=True)

@@ -97,7 +97,7 @@ def write_report(run: Demo | Removal, folder: str | Path, *, force: bool = False
     The weights go to ``repaired.safetensors``, a user's own model in the layout that it came in.
 
     folder: new or empty, else `InputError`; with ``force`` files of these names are replaced. Everything is composed
-    before the first file is written.
+    before the first file is written. The weights come first: a layout may be unable to hold them (float16, say).
     """
     html = demo_page(run) if isinstance(run, Demo) else removal_page(run)
     content = json.dumps(_finite(run.summary()), indent=2, default=str, allow_nan=False) + "\n"
@@ -105,14 +105,14 @@ def write_report(run: Demo | Removal, folder: str | Path, *, force: bool = False
     target.mkdir(parents=True, exist_ok=True)
     suffix = ".safetensors" if isinstance(run, Demo) else run.suspect.suffix
     paths = [target / name for name in ("report.html", "report.json", f"repaired{suffix}")]
-    write_atomic(paths[0], html)
-    write_atomic(paths[1], content)
     record = {"seed": run.seed, "settings": json.loads(content)["settings"]}
     if isinstance(run, Demo):
         record |= {"classes": list(run.domain.classes)}
         save_classifier(run.row("smi").repair.model, paths[2], arch=run.settings["train"]["arch"], record=record)
     else:
         run.suspect.write(run.cleaned.model, paths[2], record | {"classes": list(run.suspect.classes)})
+    write_atomic(paths[0], html)
+    write_atomic(paths[1], content)
     return paths
 
 

@@ -65,6 +65,11 @@ class Suspect:
     suffix: str
     _write: Callable[[nn.Module, Path, Mapping[str, Any]], None] = field(repr=False)
 
+    @property
+    def size(self) -> int:
+        """Bytes of its weights."""
+        return sum(value.numel() * value.element_size() for value in self.model.state_dict().values())
+
     def to(self, device: str | torch.device) -> Suspect:
         """The suspect with its model on ``device``."""
         self.model.to(device)

@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -210,6 +211,13 @@ def test_a_strangers_checkpoint_is_repaired_in_its_layout(here, monkeypatch):
     scored = smi_run("score", "out/repaired.pth", "images.npz", *form)
     assert scored.exit_code == 0, scored.output
     assert "running ours.py for its function net" in scored.stderr
+
+
+def test_room_for_the_states_of_a_large_model_is_asked_for_before_work(here, monkeypatch):
+    command = ["remove", "suspect.safetensors", "--prior", "prior.safetensors", "--out", "out"]
+    usage = shutil.disk_usage(here)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=101_000_000))
+    assert "has 101 MB left; at least 104 MB are needed" in refused(here, *command)
 
 
 def test_a_disk_that_fails_in_the_middle_is_told(here, monkeypatch):

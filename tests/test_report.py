@@ -102,6 +102,18 @@ def test_the_demo_page_says_what_was_found(demo):
         assert wanted in text
 
 
+def test_weights_that_the_layout_cannot_hold_leave_no_report(tmp_path):
+    run = fake_run.removal()
+
+    def refuse(repaired, path, record):
+        raise InputError("do not fit into torch.float16")
+
+    object.__setattr__(run.suspect, "_write", refuse)
+    with pytest.raises(InputError, match="float16"):
+        write_report(run, tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_the_removal_page_claims_no_accuracy():
     page = Page(removal_page(fake_run.removal()))
     assert "cannot be measured" in page.text
