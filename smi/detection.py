@@ -176,7 +176,8 @@ def class_radii(
     low, high = torch.zeros_like(targets), torch.full_like(targets, len(grid) - 1)
     while (open_ := low < high).any():
         middle = (low + high) // 2
-        delta = universal(run, images, labels, targets, radius=radii[middle], steps=config.steps, rng=rng)
+        radius = radii[middle].view(-1, 1, 1, 1).to(images.device)
+        delta = universal(run, images, labels, targets, radius=radius, steps=config.steps, rng=rng)
         hit = fooling_rate(run, images, labels, targets, delta) >= config.goal
         high, low = torch.where(hit & open_, middle, high), torch.where(~hit & open_, middle + 1, low)
     return radii[low]

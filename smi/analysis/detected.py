@@ -6,17 +6,16 @@ What is found is kept beside the cells, in the folder ``detections``.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import nn
 
-from smi.analysis.study import JUDGE_SEED, clean_judge
+from smi.analysis.study import JUDGE_SEED, clean_judge, kept_row
 from smi.detection import UNUSUAL, Detection, Detector, detect
 from smi.domains import Domain, load_domain
-from smi.files import write_atomic
 from smi.priors import load_prior
 from smi.progress import track
 from smi.study.results import Row
@@ -55,7 +54,10 @@ def detections(study: Study, store: Store) -> tuple[list[Row], int]:
     """Rows of `DETECTION_COLUMNS`, and how many victims of the study are neither in the cache nor measured."""
     models = list(_models(study))
     ready = [model for model in models if model.clean or _file(model, store).exists() or _whole(model, store)]
-    rows = [_row(model, store) for model in track(ready, f"detection of {study.name}")]
+    rows = [
+        kept_row(_file(model, store), DETECTION_COLUMNS, partial(_measure, model, store))
+        for model in track(ready, f"detection of {study.name}")
+    ]
     return rows, len(models) - len(ready)
 
 
@@ -80,23 +82,12 @@ def _file(model: _Model, store: Store) -> Path:
     return store.results / "detections" / f"{model.key}.json"
 
 
-def _row(model: _Model, store: Store) -> Row:
-    file = _file(model, store)
-    if not file.exists():
-        row = _measure(model, store)
-        file.parent.mkdir(exist_ok=True, parents=True)
-        write_atomic(file, json.dumps(row, indent=1, sort_keys=True) + "\n")
-    kept = json.loads(file.read_text(encoding="utf-8"))
-    return {name: kept[name] for name in DETECTION_COLUMNS}
-
-
 def _measure(model: _Model, store: Store) -> Row:
     cell, domain = model.cell, load_domain(model.cell.place.domain, public=model.cell.place.public)
     net, targets, asr = _loaded(model, store, domain)
     found = detect(net, load_prior(make_prior(cell.place, store)), domain.public, CONFIG, seed=cell.seed)
     row: Row = {"domain": cell.place.domain, "attack": NONE if model.clean else cell.attack_name, "seed": model.seed}
-    row |= {"asr": asr, "student_agrees": found.agreement} | _ratios(found, targets)
-    return {name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in row.items()}
+    return row | {"asr": asr, "student_agrees": found.agreement} | _ratios(found, targets)
 
 
 def _loaded(model: _Model, store: Store, domain: Domain) -> tuple[nn.Module, list[int], float | None]:

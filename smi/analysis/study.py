@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -88,13 +88,17 @@ def _measurements(cell: Cell, store: Store) -> Path:
 
 
 def _kept_measurements(cell: Cell, store: Store) -> Row:
-    file = _measurements(cell, store)
+    return kept_row(_measurements(cell, store), MEASURED, lambda: _measure(cell, store))
+
+
+def kept_row(file: Path, columns: Sequence[str], measure: Callable[[], Row]) -> Row:
+    """What ``measure`` gives, from ``file`` once it has been measured; floats with six digits."""
     if not file.exists():
-        measured = _measure(cell, store)
-        file.parent.mkdir(exist_ok=True)
-        write_atomic(file, json.dumps(measured, indent=1, sort_keys=True) + "\n")
+        rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in measure().items()}
+        file.parent.mkdir(exist_ok=True, parents=True)
+        write_atomic(file, json.dumps(rounded, indent=1, sort_keys=True) + "\n")
     kept = json.loads(file.read_text(encoding="utf-8"))
-    return {name: kept[name] for name in MEASURED}
+    return {name: kept[name] for name in columns}
 
 
 def _measure(cell: Cell, store: Store) -> Row:
@@ -105,8 +109,7 @@ def _measure(cell: Cell, store: Store) -> Row:
     alike = similarity(clean_judge(cell, store, domain), samples, domain.private.test)
     values = {"frechet": alike.frechet, "nearest": alike.nearest, "judge_accuracy": alike.accuracy}
     values |= _scores(model, samples, cell.seed)
-    values |= _presence(_detector(cell, store, domain, attack), attack, samples, domain)
-    return {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in values.items()}
+    return values | _presence(_detector(cell, store, domain, attack), attack, samples, domain)
 
 
 def _scores(model: nn.Module, samples: Samples, seed: int) -> Row:

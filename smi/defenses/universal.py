@@ -20,9 +20,11 @@ TINY = 1e-12
 AWAY = -1  # as a target: away from the image's own label
 
 
-def noise_start(count: int, shape: torch.Size, radius: float | Tensor, rng: torch.Generator) -> Tensor:
+def noise_start(
+    count: int, shape: torch.Size, radius: float | Tensor, rng: torch.Generator, device: torch.device | str = "cpu"
+) -> Tensor:
     """Gaussian noise ``[count, *shape]`` of norm close to ``radius``."""
-    return torch.randn(count, *shape, generator=rng) * radius / math.sqrt(shape.numel())
+    return torch.randn(count, *shape, generator=rng).to(device) * radius / math.sqrt(shape.numel())
 
 
 def universal(
@@ -35,17 +37,15 @@ def universal(
     steps: int,
     rng: torch.Generator,
 ) -> Tensor:
-    """One universal δ per entry of ``targets``: ``[T, C, H, W]`` with ``‖δ_t‖₂ ≤ radius``, one for all or ``[T]``.
+    """One universal δ per entry of ``targets``: ``[T, C, H, W]`` with ``‖δ_t‖₂ ≤ radius``, one for all or
+    ``[T, 1, 1, 1]``.
 
     images ``[N, C, H, W]``, labels ``[N]``. targets ``[T]``: a class t to send every image to (images of t itself are
     left out), or `AWAY` to send images away from their labels. Normalised-gradient steps on the cross-entropy, shorter
     and shorter, so that the last ones refine.
     """
     count = len(targets)
-    if isinstance(radius, Tensor):
-        radius = radius.view(-1, 1, 1, 1)
-    delta = noise_start(count, images.shape[1:], radius, rng).to(images.device)
-    targets, radius = targets.to(labels.device), radius.to(images.device) if isinstance(radius, Tensor) else radius
+    delta, targets = noise_start(count, images.shape[1:], radius, rng, images.device), targets.to(labels.device)
     wanted = torch.where(targets[:, None] == AWAY, labels[None], targets[:, None])
     weight = torch.where(targets == AWAY, -1.0, 1.0)[:, None] * (targets[:, None] != labels[None])
 
