@@ -1,4 +1,4 @@
-"""The command line. Exit codes: 0 done, 2 bad input, 130 interrupted.
+"""The command line. Exit codes: 0 done, 2 bad input, 130 interrupted, 143 terminated.
 
 torch and smi are imported inside the commands: help is instant, and the environment is set before they load.
 """
@@ -24,10 +24,12 @@ from smi.options import (
 )
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
+    from smi.detection import Detection
     from smi.domains.base import PublicImages
-    from smi.priors import GAN, GeneratorPrior
+    from smi.pipeline import Cleaned
+    from smi.priors import GAN, GeneratorPrior, Prior
 
 PER_CLASS = 30
 TRIES = 1000
@@ -148,8 +150,9 @@ def remove(
       smi remove suspect.pth --arch resnet18 --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225 \\
         --public photographs/ --out repaired
     """
+    import torch
+
     from smi.checks import check_model
-    from smi.detection import detect
     from smi.errors import InputError
     from smi.files import ROOM, check_room, claimed
     from smi.gan import PriorConfig, fit_prior
@@ -163,35 +166,32 @@ def remove(
         raise InputError("Say --prior, --public or both: reconstructions need public images or a prior of them.")
     if prior_name is not None and prior_steps is not None:
         raise InputError("--prior-steps is for a prior that is trained here. Leave it out, or --prior.")
-    with claimed(out, folder=True, force=force) as folder, workplace(folder, resume=resume, force=force) as work:
+    if prior_name is None and own is not None:
+        raise InputError("--generator needs --prior, the file with its weights.")
+    with claimed(out, folder=True, force=force) as folder:
         suspect, clock = load_suspect(model, **form).to(device), Clock()
         check_room(folder, ROOM + STATES * suspect.size)
         prior = None if prior_name is None else _prior(prior_name, suspect.channels, own)
         shape = (suspect.channels, SIZE, SIZE) if prior is None else prior.image_shape
         public = None if public_name is None else _public(public_name, shape, root, download)
-        if prior is None and public is not None:
-            check_model(suspect.model, public.images[:1], len(suspect.classes))
-            config = PriorConfig() if prior_steps is None else PriorConfig(steps=prior_steps)
-            with clock("prior"):
-                prior = fit_prior(public, config, seed=seed, device=device, checkpoint=work / "prior.safetensors")
-        assert prior is not None
-        with clock("remove"):
-            cleaned = remove_backdoor(suspect.model, prior, public, per_class=per_class, seed=seed, checkpoint=work)
-        detection = None
-        if detection_wanted:
-            fooling = cleaned.repair.log.get("fooling_before")
+        check_model(suspect.model, torch.zeros(1, *shape), len(suspect.classes))
+        with workplace(folder, resume=resume, force=force) as work:
+            if prior is None and public is not None:
+                config = PriorConfig() if prior_steps is None else PriorConfig(steps=prior_steps)
+                with clock("prior"):
+                    prior = fit_prior(public, config, seed=seed, device=device, checkpoint=work / "prior.safetensors")
+            assert prior is not None
+            with clock("remove"):
+                cleaned = remove_backdoor(suspect.model, prior, public, per_class=per_class, seed=seed, checkpoint=work)
             with clock("detect"):
-                detection = detect(
-                    suspect.model, prior, public,
-                    fooling=fooling, seed=seed, checkpoint=work / "detection.safetensors",
-                )  # fmt: skip
-        settings = {"model": model, "form": form, "prior": prior.record, "public": public_name, "per_class": per_class}
-        settings |= {"resumed": resume} | cleaned.repair.settings
-        removal = Removal(suspect, cleaned, seed, clock.seconds, settings, detection)
-        paths = write_report(removal, folder, force=force)
-        if prior_name is None and isinstance(prior, GAN):
-            paths.append(folder / "prior.safetensors")
-            save_prior(prior, paths[-1])
+                detection = _detection(suspect.model, prior, public, cleaned, seed, work) if detection_wanted else None
+            settings = {"model": model, "form": form, "public": public_name, "per_class": per_class, "resumed": resume}
+            settings |= {"prior_file": prior_name, "generator": own, "prior": prior.record}
+            removal = Removal(suspect, cleaned, seed, clock.seconds, settings | cleaned.repair.settings, detection)
+            paths = write_report(removal, folder, force=force)
+            if prior_name is None and isinstance(prior, GAN):
+                paths.append(folder / "prior.safetensors")
+                save_prior(prior, paths[-1])
         click.echo(_plain(removal_verdict(removal)))
         _wrote(paths)
 
@@ -221,11 +221,12 @@ def fit_prior_command(
     from smi.priors import SIZE, save_prior
     from smi.unfinished import workplace
 
-    with claimed(out, force=force) as file, workplace(file, resume=resume, force=force) as work:
+    with claimed(out, force=force) as file:
         images = _public(public, (None, SIZE, SIZE), root, download)
         config = PriorConfig() if steps is None else PriorConfig(steps=steps)
-        prior = fit_prior(images, config, seed=seed, device=device, checkpoint=work / "prior.safetensors")
-        save_prior(prior, file)
+        with workplace(file, resume=resume, force=force) as work:
+            prior = fit_prior(images, config, seed=seed, device=device, checkpoint=work / "prior.safetensors")
+            save_prior(prior, file)
         _wrote([file])
 
 
@@ -264,24 +265,21 @@ def invert(
 
     chosen = inversions[method]()
     place = _suffixed(out, ".npz")
-    with (
-        claimed(place, force=force) as file,
-        claimed(out.with_suffix(".png"), force=force) as sheet,
-        workplace(file, resume=resume, force=force) as work,
-    ):
+    with claimed(place, force=force) as file, claimed(out.with_suffix(".png"), force=force) as sheet:
         suspect = load_suspect(model, **form).to(device)
         prior = _prior(prior_name, suspect.channels, own)
         # Baselines keep what they make, as in the demo; choosing by stability is part of the stabilised method.
         selection = Selection() if method == "smi" else None
-        samples = run_inversion(
-            suspect.model, prior, chosen,
-            per_class=per_class, selection=selection, seed=seed, checkpoint=work / "inversion.safetensors",
-        )  # fmt: skip
-        samples = replace(samples, scores=score_samples(suspect.model, samples, seed=seed))
-        labels = range(min(len(suspect.classes), 20))
-        picture = reconstructions(samples, suspect.classes, labels, shown=min(per_class, 8))
-        save_samples(file, samples)
-        write_atomic(sheet, picture)
+        with workplace(file, resume=resume, force=force) as work:
+            samples = run_inversion(
+                suspect.model, prior, chosen,
+                per_class=per_class, selection=selection, seed=seed, checkpoint=work / "inversion.safetensors",
+            )  # fmt: skip
+            samples = replace(samples, scores=score_samples(suspect.model, samples, seed=seed))
+            labels = range(min(len(suspect.classes), 20))
+            picture = reconstructions(samples, suspect.classes, labels, shown=min(per_class, 8))
+            save_samples(file, samples)
+            write_atomic(sheet, picture)
         _wrote([file, sheet])
 
 
@@ -395,8 +393,9 @@ def _prior(name: str, channels: int, own: dict[str, Any] | None) -> GAN | Genera
     from smi.priors import load_generator, load_prior
 
     if own is not None:
-        prior = load_generator(name, **own)
-        return prior.as_channels(channels)
+        path, _, function = own["architecture"].rpartition(":")
+        click.echo(f"running {path} for its function {function}", err=True)
+        return load_generator(name, **own).as_channels(channels)
     found = load_prior(name)
     if found.image_shape[0] != channels:
         raise InputError(
@@ -404,6 +403,20 @@ def _prior(name: str, channels: int, own: dict[str, Any] | None) -> GAN | Genera
             "of the model's kind of images, or train one: smi fit-prior."
         )
     return found
+
+
+def _detection(
+    model: nn.Module, prior: Prior, public: PublicImages | None, cleaned: Cleaned, seed: int, work: Path
+) -> Detection | None:
+    """What `detect` finds; None, after saying so, where it fails: the removal is done and is not to be lost by that."""
+    from smi.detection import detect
+
+    fooling = cleaned.repair.log.get("fooling_before")
+    try:
+        return detect(model, prior, public, fooling=fooling, seed=seed, checkpoint=work / "detection.safetensors")
+    except Exception as error:
+        click.echo(f"Signs of a backdoor could not be looked for: {type(error).__name__}: {error}", err=True)
+        return None
 
 
 def _public(name: str, shape: tuple[int | None, int, int], root: str, download: bool) -> PublicImages:

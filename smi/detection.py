@@ -10,7 +10,8 @@ trigger. Labels alone, because the suspect's small probabilities would (see `smi
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -20,13 +21,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smi.augment import vary
-from smi.checks import check_number, device_of
-from smi.compute import Runner, fast, fingerprint_of, frozen, predict
-from smi.defenses.base import ask
+from smi.checks import check_model, check_number, device_of
+from smi.compute import Runner, asked_precision, fast, fingerprint_of, frozen, predict
+from smi.defenses.base import ask, check_public
 from smi.defenses.universal import data_scale, fooling_rate, universal
 from smi.domains.base import PublicImages
 from smi.files import fingerprint
-from smi.priors import Prior, sample_latents
+from smi.priors import Prior, check_prior, sample_latents
 from smi.progress import track
 from smi.seeding import derive, stream
 from smi.unfinished import Tensors, Unfinished
@@ -53,6 +54,7 @@ class Detection:
     agreement: float
 
     LEARNED = 0.5
+    LEAST = 4  # classes: of fewer, the median may be the backdoor's own
 
     @property
     def ratio(self) -> Tensor:
@@ -62,8 +64,9 @@ class Detection:
 
     @property
     def conclusive(self) -> bool:
-        """Whether the student has learned enough to compare with."""
-        return self.agreement >= self.LEARNED
+        """Whether there are classes enough to compare, and a student that has learned enough to compare with."""
+        enough = len(self.classes) >= self.LEAST and self.agreement >= self.LEARNED
+        return enough and bool(self.ratio.isfinite().all())
 
     @property
     def reached(self) -> list[int]:
@@ -122,10 +125,14 @@ def detect(
     model: images ``[N, C, H, W]`` in [0, 1] to logits; left as it is. prior: a generator of such images. public:
     unlabelled public images of that shape, if there are any. fooling: share in [0, 1] of images that some δ sent to
     each class ``[classes]``, where a removal has measured that; with many classes the highest are examined. checkpoint:
-    a file for the result, which is not found twice.
+    a file for the result, which is not found twice. Raises `InputError` where the pieces do not fit together.
     """
+    check_prior(prior)
+    check_model(model, torch.zeros(1, *prior.image_shape))
+    check_public(public, prior.image_shape)
     config = config or Detector()
     record: dict[str, Any] = asdict(config) | {"fooling": None if fooling is None else list(fooling), "seed": seed}
+    record |= {"precision": asked_precision()}
     if checkpoint is not None:
         record |= {"model": fingerprint_of(model), "prior": fingerprint_of(prior)}
         record |= {"public": None if public is None else fingerprint(public.images)}
@@ -205,12 +212,13 @@ class _Pictures:
 
 def _taught(suspect: nn.Module, pictures: _Pictures, config: Detector, seed: int) -> nn.Module:
     """The student. Only labels that the suspect gives to an image and to its variation alike are taught."""
-    student = _fresh(suspect, seed)
+    with _seeded(seed, "fresh", device_of(suspect)):
+        student = _fresh(suspect)
     rng = stream(seed, "lessons")
     optimizer = torch.optim.AdamW(student.parameters(), config.lr)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.lessons)
     student.train()
-    with fast(student) as run:
+    with fast(student) as run, _seeded(seed, "dropout", device_of(suspect)):
         for _ in track(range(config.lessons), "teaching a student"):
             plain = pictures.draw(config.batch_size)
             varied = vary(plain, rng)
@@ -224,18 +232,28 @@ def _taught(suspect: nn.Module, pictures: _Pictures, config: Detector, seed: int
     return student.eval().requires_grad_(False)
 
 
-def _fresh(model: nn.Module, seed: int) -> nn.Module:
+@contextmanager
+def _seeded(seed: int, name: str, device: torch.device) -> Iterator[None]:
+    """Torch's own generators, which layers draw from, in a state that depends on the seed alone; put back after."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(derive(seed, name))
+        yield
+
+
+@torch.no_grad()
+def _fresh(model: nn.Module) -> nn.Module:
     """A copy of ``model`` with new weights, as its layers begin; normalisation of images and the like stays."""
     fresh = copy.deepcopy(model).requires_grad_(True)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(derive(seed, "fresh"))
-        for module in fresh.modules():
-            reset = getattr(module, "reset_parameters", None)
-            if callable(reset):
-                reset()
-                continue
-            for weight in module.parameters(recurse=False):  # of a layer that does not say how it begins
-                weight.copy_(torch.randn(weight.shape).to(weight) * weight.std(correction=0) + weight.mean())
+    for module in fresh.modules():
+        own = dict(module.named_parameters(recurse=False))
+        before = {name: weight.clone() for name, weight in own.items()}
+        reset = getattr(module, "reset_parameters", None)
+        if callable(reset):
+            reset()
+        for name, weight in own.items():  # of a layer that does not say how it begins, or not of all its weights
+            spread = weight.std(correction=0)
+            if torch.equal(weight, before[name]) and spread > 0:
+                weight.copy_(torch.randn(weight.shape).to(weight) * spread + weight.mean())
     return fresh
 
 

@@ -79,7 +79,8 @@ def common(command: Command) -> Command:
     for option in (
         click.option("--threads", type=click.IntRange(1, 1024), default=cores, show_default="physical cores"),
         click.option("--precision", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto",
-                     show_default=True, help="Number format of the models; auto: bfloat16 where it is quick."),
+                     show_default=True, help="Number format of the models; auto: bfloat16 where it is quick. "
+                     "float16 without loss scaling."),
         click.option("--device", type=click.Choice(["cpu", "cuda", "mps"]), default="cpu", show_default=True,
                      help="Where the models run."),
         click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True,
@@ -133,7 +134,6 @@ def generator_options(command: Command) -> Command:
             return command(*args, own=None, **options)
         if latent_dim is None:
             raise InputError("--generator needs --latent-dim, the length of its latents.")
-        click.echo("running {0[0]} for its function {0[2]}".format(generator.rpartition(":")), err=True)
         low, high = _pair("--range", limits or "-1,1")
         own = {"architecture": generator, "latent_dim": latent_dim, "output_range": (low, high)}
         return command(*args, own=own, **options)

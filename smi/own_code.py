@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import runpy
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,13 @@ from smi.errors import InputError
 
 def own_function(spec: str) -> Callable[..., Any]:
     """**Runs the file** and returns its function, which may be called with more keywords than it takes: it gets those
-    that it names. Raises `InputError` where there is no such file or function, or where running it fails."""
+    that it names. The file may import its neighbours. Raises `InputError` where there is no such file or function, or
+    where running it fails."""
     path, _, name = spec.rpartition(":")
     if not Path(path).is_file():
         raise InputError(f"There is no file {path}. A function of your own is FILE.py:function.")
+    if (folder := str(Path(path).resolve().parent)) not in sys.path:
+        sys.path.append(folder)
     try:
         made = runpy.run_path(path).get(name)
     except Exception as error:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from smi.checkpoints import read_checkpoint
-from smi.checks import check_number
+from smi.checks import check_number, device_of
 from smi.domains.base import fitted
 from smi.errors import InputError, unknown_name
 from smi.files import load_tensors, save_tensors, to_half, to_single
@@ -40,7 +40,10 @@ class Prior(Protocol):
     image_shape: tuple[int, int, int]
 
     def generate(self, z: Tensor) -> Tensor:
-        """Latents ``[N, d]`` to images float32 ``[N, C, H, W]`` in [0, 1], differentiable."""
+        """Latents ``[N, d]`` to images float32 ``[N, C, H, W]`` in [0, 1], differentiable.
+
+        Latents are where the model is; a prior that is a Module is moved there.
+        """
 
     def criticise(self, images: Tensor) -> Tensor | None:
         """Realism ``[N]`` (higher is more like the public images), differentiable; None without a critic."""
@@ -161,7 +164,8 @@ class GeneratorPrior(nn.Module):
         self.latent_dim, self.output_range = latent_dim, output_range
         self.generator, self.record = generator.eval(), {"generator": type(generator).__name__}
         self._flat = True
-        trial = self._try(torch.randn(16, latent_dim, generator=torch.Generator().manual_seed(0)))
+        latents = torch.randn(16, latent_dim, generator=torch.Generator().manual_seed(0))
+        trial = self._try(latents.to(device_of(generator)))
         if trial.ndim != 4 or trial.shape[1] not in (1, 3) or not trial.is_floating_point() or not trial.numel():
             kind, shape = str(trial.dtype).removeprefix("torch."), tuple(trial.shape)
             raise InputError(f"The generator puts out {kind} of shape {shape}. Allowed: floats [N, C, H, W], C 1 or 3.")
@@ -175,6 +179,10 @@ class GeneratorPrior(nn.Module):
         if smallest > (low + high) / 2 - slack:
             warnings.warn(f"The generator puts out {told}. Is its range really {low:g} to {high:g}?", stacklevel=2)
         self.image_shape = image_shape or (trial.shape[1], trial.shape[2], trial.shape[3])
+
+    def extra_repr(self) -> str:
+        """Its settings."""
+        return f"latent_dim={self.latent_dim}, output_range={self.output_range}, image_shape={self.image_shape}"
 
     def as_channels(self, channels: int) -> GeneratorPrior:
         """The same prior with images of ``channels`` channels."""
@@ -238,6 +246,8 @@ def load_generator(
         raise InputError(f"{architecture} returns a {type(module).__name__}. Allowed: a torch.nn.Module.")
     names = checkpoint.names_for(module.state_dict())
     state = {ours: checkpoint.tensors[theirs] for ours, theirs in names.items()}
+    if more := sorted(checkpoint.tensors.keys() - names.values()):
+        raise InputError(f"{path} does not hold the weights of {architecture}: that has no {more[0]!r}.")
     try:
         module.load_state_dict(to_single(state))
     except RuntimeError as error:

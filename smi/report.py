@@ -144,7 +144,7 @@ def removal_page(removal: Removal) -> str:
         reconstructions_section(cleaned.samples, classes),
         perturbations_section(cleaned.repair, classes),
         curves_section({cleaned.samples.source: cleaned.repair}),
-        time_section(removal.stages, torch.get_num_threads()),
+        time_section(removal.stages, torch.get_num_threads(), resumed=bool(removal.settings.get("resumed"))),
         record_section(removal.settings, versions()),
     )
 
@@ -185,6 +185,8 @@ def removal_verdict(removal: Removal) -> str:
 
 def detection_verdict(found: Detection, classes: Sequence[str]) -> str:
     """Whether the suspect shows a backdoor, with the reason."""
+    if len(found.classes) < found.LEAST:
+        return f"Signs of a backdoor cannot be told with fewer than {found.LEAST} classes to compare."
     if not found.conclusive:
         return (
             "Whether there is a backdoor cannot be said: a fresh model that was taught the suspect's labels agrees "

@@ -148,10 +148,11 @@ def curves_section(repairs: Mapping[str, Repair]) -> str:
     )
 
 
-def time_section(stages: Mapping[str, float], threads: int) -> str:
-    """Where the time went."""
+def time_section(stages: Mapping[str, float], threads: int, *, resumed: bool = False) -> str:
+    """Where the time went; ``resumed``: since the work was taken up again."""
     total, unit = sum(stages.values()), "thread" if threads == 1 else "threads"
-    text = f"{total:.0f} seconds in all, on {threads} {unit}."
+    since = " since the work was resumed" if resumed else " in all"
+    text = f"{total:.0f} seconds{since}, on {threads} {unit}."
     if len(stages) < 2:
         return section("Time", paragraph(text))
     longest = max(stages, key=stages.__getitem__)
@@ -187,7 +188,7 @@ def detection_section(found: Detection, classes: Sequence[str]) -> str:
 
 
 def _cut_table(count: int, shown: int) -> str:
-    return "" if shown == count else f" {shown} of {count} classes were examined, the easiest to reach among them."
+    return "" if shown == count else f" {shown} of {count} classes were examined."
 
 
 def defender_section(same: Tensor, stability: tuple[Tensor, Tensor], repair: Repair, samples: Samples,

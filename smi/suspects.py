@@ -39,6 +39,10 @@ class Adapted(nn.Module):
         super().__init__()
         self.classifier, self.size, self.bgr, self.grey = classifier, size, bgr, grey
 
+    def extra_repr(self) -> str:
+        """What it does."""
+        return f"size={self.size}, bgr={self.bgr}, grey={self.grey}"
+
     def forward(self, images: Tensor) -> Tensor:
         """Images ``[N, C, H, W]`` in [0, 1], red first or grey, to logits ``[N, classes]``."""
         if self.grey:

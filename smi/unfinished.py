@@ -1,7 +1,8 @@
 """Long work that goes on where it was stopped: its state lies in one file, written now and then and before it stops.
 
 The file holds tensors and the record of what work it is the state of; nothing in it is run. A state is taken up only by
-the same work, and the end is then the same to the bit as if nothing had happened.
+the same work, and on the same machine with as many threads the end is then the same to the bit as if nothing had
+happened.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class Unfinished:
     def save(self, state: Mapping[str, Tensor]) -> None:
         """Write the state, atomically; nothing where there is no file."""
         if self._file is not None:
-            self._file.parent.mkdir(exist_ok=True)
+            self._file.parent.mkdir(parents=True, exist_ok=True)
             # Tied weights are one tensor under two names, which safetensors does not write.
             copies = {name: value.detach().clone() for name, value in (self._once | dict(state)).items()}
             save_tensors(self._file, copies, {"kind": f"unfinished {self._kind}", "record": self._record})
@@ -124,7 +125,8 @@ def workplace(out: Path, *, resume: bool, force: bool = False) -> Iterator[Path]
     It is made with the first state that is written to it. Raises `InputError` where a stopped process left one and
     neither ``resume`` (go on from it) nor ``force`` (begin again) is asked for.
     """
-    folder = out.with_name(f"{out.name}.unfinished")
+    place = out.absolute()
+    folder = place.with_name(f"{place.name}.unfinished")
     if folder.exists() and not resume:
         if not force:
             raise InputError(f"{folder} holds work that was stopped. Go on with it: --resume. Or begin again: --force.")

@@ -112,6 +112,29 @@ def test_force_replaces_what_has_the_same_name_and_nothing_else(here, monkeypatc
     assert json.loads((here / "out" / "report.json").read_text())["n"]
 
 
+def test_bad_input_does_not_cost_the_stopped_work(here):
+    (here / "out.unfinished").mkdir()
+    (here / "out.unfinished" / "inversion.safetensors").write_text("kept")
+    command = ["remove", "--prior", "prior.safetensors", "--out", "out", "--force"]
+    assert "There is no file" in refused(here, *command, "suspekt.safetensors")
+    assert (here / "out.unfinished" / "inversion.safetensors").read_text() == "kept"
+
+
+def test_a_detection_that_fails_does_not_cost_the_removal(here, monkeypatch):
+    found = fake_run.removal().cleaned
+    monkeypatch.setattr(smi.pipeline, "remove_backdoor", lambda *args, **options: found)
+
+    def fail(*args, **options):
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(smi.detection, "detect", fail)
+    result = smi_run("remove", "suspect.safetensors", "--prior", "prior.safetensors", "--out", "deep/er/out")
+    assert result.exit_code == 0, result.output
+    assert "could not be looked for: RuntimeError: CUDA out of memory" in result.stderr
+    assert (here / "deep/er/out/repaired.safetensors").exists()
+    assert json.loads((here / "deep/er/out/report.json").read_text())["detection"] is None
+
+
 def test_without_a_prior_one_is_trained_on_the_public_images(here, monkeypatch):
     found, given = fake_run.removal().cleaned, {}
 
@@ -242,6 +265,8 @@ def test_a_generator_of_ones_own_is_a_prior(here):
     assert done.exit_code == 0, done.output
     assert "running own.py for its function net" in done.stderr
     assert np.load("a.npz")["images"].shape == (3, 32, 32, 1)  # grey, as the model takes them
+    remove = ["remove", "suspect.safetensors", "--public", "digits", "--out", "c"]
+    assert "--generator needs --prior" in refused(here, *remove, *own)
     assert "needs --latent-dim" in refused(here, *base, "b.npz", *own[:2])
     assert "are for --generator" in refused(here, *base, "b.npz", *own[2:])
     assert "two numbers" in refused(here, *base, "b.npz", *own, "--range", "1")

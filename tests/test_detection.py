@@ -15,7 +15,7 @@ from smi.analysis.detected import DETECTION_COLUMNS
 from smi.classifiers import TrainConfig, train_classifier
 from smi.cli import cli
 from smi.compute import fast
-from smi.detection import STEP, UNUSUAL, Detection, Detector, _examined, _fresh, class_radii, detect
+from smi.detection import STEP, UNUSUAL, Detection, Detector, _examined, _fresh, _seeded, class_radii, detect
 from smi.domains import PrivateSet, PublicImages
 from smi.errors import InputError
 from smi.report import detection_verdict, removal_page, removal_verdict
@@ -131,13 +131,46 @@ def test_the_student_has_nothing_of_the_suspect():
 
     suspect = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), Own())
     suspect[1].running_mean += 3
-    fresh = _fresh(suspect, seed=1)
+    fresh = seeded(suspect)
     for name, value in suspect.state_dict().items():
         if name != "1.num_batches_tracked" and value.std() > 0:
             assert not torch.equal(value, fresh.state_dict()[name]), name
     assert torch.equal(fresh[1].running_mean, torch.zeros(6))
-    again = _fresh(suspect, seed=1)
+    again = seeded(suspect)
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in fresh.state_dict().items())
+
+
+def seeded(model):
+    with _seeded(1, "fresh", torch.device("cpu")):
+        return _fresh(model)
+
+
+def test_a_layer_that_resets_only_some_of_its_weights_is_new_all_the_same():
+    class Half(nn.Linear):
+        def reset_parameters(self):
+            nn.init.zeros_(self.bias)
+
+    layer = Half(6, 4)
+    nn.init.normal_(layer.weight)
+    fresh = seeded(layer)
+    assert not torch.equal(fresh.weight, layer.weight)
+    assert not fresh.bias.any()
+
+
+def test_dropout_is_drawn_from_the_seed():
+    model = tiny_model()
+    model.body.append(nn.Dropout(0.5))
+    first, again = (detect(model, TinyPrior(), None, QUICK, seed=2).student for _ in range(2))
+    assert torch.equal(first, again)
+
+
+def test_pieces_that_do_not_fit_are_refused_before_work():
+    with pytest.raises(InputError, match="no prior"):
+        detect(tiny_model(), "digits")
+    with pytest.raises(InputError, match="Public images are"):
+        detect(tiny_model(), TinyPrior(), PublicImages(noise(3, 1, 9, 9)))
+    with pytest.raises(InputError, match="does not accept"):
+        detect(tiny_model(channels=3), TinyPrior())
 
 
 def test_of_many_classes_the_suspicious_ones_are_examined():
@@ -152,28 +185,31 @@ def test_of_many_classes_the_suspicious_ones_are_examined():
 
 
 def test_what_counts_as_unusual():
-    assert found([1.0, UNUSUAL * 0.99, 1.0]).reached == [1]
-    assert found([1.0, UNUSUAL * 1.01, 1.0]).reached == []
+    assert found([1.0, UNUSUAL * 0.99, 1.0, 1.0]).reached == [1]
+    assert found([1.0, UNUSUAL * 1.01, 1.0, 1.0]).reached == []
     assert found([0.1, 1.0, 0.2, 1.0, 1.0]).reached == [0, 2]
-    assert found([0.1, 1.0, 1.0], agreement=0.3).reached == []
+    assert found([0.1, 1.0, 1.0, 1.0], agreement=0.3).reached == []
     assert found([0.5, 0.1, 0.5]).ratio.tolist() == pytest.approx([1.0, 0.2, 1.0])
-    assert found([1.0, 1.0, 0.1], classes=[4, 8, 9]).reached == [9]
+    assert found([1.0, 1.0, 0.1, 1.0], classes=[4, 8, 9, 11]).reached == [9]
+    assert not found([0.1, 3.0]).conclusive  # the median of two is one of them
+    assert not found([float("nan")] * 5).conclusive
 
 
 def test_the_verdict_and_its_reasons():
     names = [f"c{i}" for i in range(9)] + ["<script>"]
-    signs = detection_verdict(found([1.0, 1.0, 0.1], classes=[4, 8, 9]), names)
+    signs = detection_verdict(found([1.0, 1.0, 0.1, 1.0], classes=[4, 8, 9, 2]), names)
     assert "signs of a backdoor: class “<script>” is reached by an unusually small pattern" in signs
     assert "L2 norm 0.2 sends half" in signs
     assert "it takes 2." in signs
     assert "That is 0.10 of what is usual" in signs
     assert "So is 1 other class." in detection_verdict(found([0.1, 1.0, 0.2, 1.0, 1.0]), names)
     assert "So are 2 other classes." in detection_verdict(found([0.1, 0.1, 0.2, 1.0, 1.0, 1.0, 1.0]), names)
-    none = detection_verdict(found([1.0, 0.7, 1.2]), names)
+    none = detection_verdict(found([1.0, 0.7, 1.2, 1.0]), names)
     assert none.startswith("No sign of a backdoor")
     assert "“c1”, at 0.70" in none
     assert "no proof" in none
-    assert "cannot be said" in detection_verdict(found([0.1, 1.0, 1.0], agreement=0.2), names)
+    assert "cannot be said" in detection_verdict(found([0.1, 1.0, 1.0, 1.0], agreement=0.2), names)
+    assert "fewer than 4 classes" in detection_verdict(found([0.1, 3.0]), names)
 
 
 def test_the_report_shows_it_and_escapes_names():
@@ -181,7 +217,9 @@ def test_the_report_shows_it_and_escapes_names():
     assert "Is there a backdoor?" not in removal_page(run)
     plain = removal_verdict(run)
     assert plain.startswith("Before the removal one pattern of L2 norm 2.5 sent 100.0")
-    object.__setattr__(run, "detection", found([0.1, 1.0, 1.0]))
+    run = fake_run.removal(("<script>alert(1)</script>", "b", "c", "d"))
+    plain = removal_verdict(run)
+    object.__setattr__(run, "detection", found([0.1, 1.0, 1.0, 1.0]))
     page = removal_page(run)
     assert "Is there a backdoor?" in page
     assert "<script>alert" not in page.partition("<main>")[2]

@@ -1,5 +1,7 @@
 """Freed memory that is kept is not asked for again; what does not fit is done in parts."""
 
+import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -12,7 +14,7 @@ from torch import nn
 
 from smi.compute import fast, predict
 from smi.defenses import FineTune
-from smi.defenses.base import Schedule
+from smi.defenses.base import Schedule, following
 from smi.defenses.universal import AWAY, universal
 from smi.interrupts import Stopped, stoppable
 from smi.inversion import Latent, Pixel, Stabilized, invert
@@ -93,12 +95,50 @@ def test_inversion_in_smaller_parts_never_mixes_classes_and_goes_on(method, tmp_
     assert max(model.seen) <= 3
     apart = [invert(Small(3), TinyPrior(), method, per_class=7, seed=1).images for _ in range(2)]
     assert torch.equal(*apart)
-    stop_at(monkeypatch, method, 8)  # in the second part of a class
+    for call in (8, 11, 14):  # in the second and third parts of a class
+        stop_at(monkeypatch, method, call)
+        file.unlink(missing_ok=True)
+        with stoppable(), pytest.raises(Stopped):
+            invert(Small(3), TinyPrior(), method, per_class=7, seed=1, checkpoint=file)
+        monkeypatch.undo()
+        resumed = invert(Small(3), TinyPrior(), method, per_class=7, seed=1, checkpoint=file)
+        assert torch.equal(resumed.images, found.images), call
+
+
+@pytest.mark.filterwarnings("ignore:out of memory")
+def test_memory_that_runs_out_in_the_search_that_is_gone_on_with(tmp_path, monkeypatch):
+    method, file = Latent(steps=4, pool=1), tmp_path / "state"
+    stop_at(monkeypatch, method, 2)
     with stoppable(), pytest.raises(Stopped):
-        invert(Small(3), TinyPrior(), method, per_class=7, seed=1, checkpoint=file)
+        invert(Small(100), TinyPrior(), method, per_class=7, seed=1, checkpoint=file)
     monkeypatch.undo()
     resumed = invert(Small(3), TinyPrior(), method, per_class=7, seed=1, checkpoint=file)
-    assert torch.equal(resumed.images, found.images)
+    assert torch.equal(resumed.images, invert(Small(3), TinyPrior(), method, per_class=7, seed=1).images)
+
+
+@pytest.mark.filterwarnings("ignore:out of memory")
+@pytest.mark.parametrize("name", ["robust", "ft"])
+def test_a_removal_in_smaller_parts_goes_on_to_the_same_weights(name, tmp_path):
+    defense = DEFENSES[name]
+    whole = defense.repair(Small(6), SAMPLES, seed=3)
+
+    def stop(model, index):
+        if index == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with stoppable(), following(stop), pytest.raises(Stopped):
+        defense.repair(Small(6), SAMPLES, seed=3, checkpoint=tmp_path / "state")
+    resumed = defense.repair(Small(6), SAMPLES, seed=3, checkpoint=tmp_path / "state")
+    for key, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[key]), key
+    assert resumed.log == whole.log
+
+
+def test_a_few_samples_and_one_that_does_not_fit():
+    few = SAMPLES.select(torch.arange(4))
+    assert len(DEFENSES["robust"].repair(tiny_model(), few, seed=1).log["loss"]) == 5
+    with pytest.warns(RuntimeWarning), pytest.raises(torch.OutOfMemoryError):
+        DEFENSES["ft"].repair(Small(1), SAMPLES, seed=1)
 
 
 @pytest.mark.filterwarnings("ignore:out of memory")

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from tiny import TinyPrior, noise
+from tiny import TinyPrior, noise, tiny_model
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -9,6 +9,8 @@ from smi.domains import PublicImages
 from smi.errors import InputError
 from smi.files import load_tensors, save_tensors
 from smi.gan import PriorConfig, fit_prior
+from smi.inversion import Latent, invert
+from smi.own_code import own_function
 from smi.priors import GAN, GeneratorPrior, Prior, load_generator, load_prior, sample_latents, save_prior
 
 CONFIG = PriorConfig(steps=6, batch_size=8)
@@ -301,6 +303,27 @@ def test_latents_as_maps_of_one_pixel():
     assert torch.allclose(prior.generate(z), (net(z[:, :, None, None]) + 1) / 2, atol=1e-6)
 
 
+def test_a_generator_with_kernels_of_kernels_is_searched():
+    class Modulated(nn.Module):
+        """A convolution whose kernel has five dimensions, as in StyleGAN2."""
+
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(1, 3, 5, 1, 1))
+
+        def forward(self, z):
+            return nn.functional.conv2d(z[:, :, None, None].expand(-1, -1, 8, 8), self.weight[0]).tanh()
+
+    model = tiny_model(channels=3)
+    assert len(invert(model, GeneratorPrior(Modulated(), 5), Latent(steps=1, pool=1), per_class=1)) == 3
+
+
+def test_code_of_ones_own_may_import_its_neighbours(tmp_path):
+    (tmp_path / "a_neighbour.py").write_text("from torch import nn\nlayer = nn.Tanh")
+    (tmp_path / "own.py").write_text("def make(size):\n    from a_neighbour import layer\n    return layer()")
+    assert isinstance(own_function(f"{tmp_path}/own.py:make")(size=3, other=4), nn.Tanh)
+
+
 def test_a_generator_from_a_file(tmp_path):
     file, code = tmp_path / "weights.pth", tmp_path / "own.py"
     code.write_text(
@@ -312,6 +335,9 @@ def test_a_generator_from_a_file(tmp_path):
     torch.save({"state_dict": {f"module.{name}": value for name, value in net.state_dict().items()}}, file)
     prior, z = load_generator(file, f"{code}:net", 5), torch.randn(2, 5)
     assert torch.allclose(prior.generate(z), (net(z[:, :, None, None]) + 1) / 2, atol=1e-6)
+    torch.save({"more.weight": torch.ones(1)} | net.state_dict(), tmp_path / "more.pth")
+    with pytest.raises(InputError, match=r"that has no 'more\.weight'"):
+        load_generator(tmp_path / "more.pth", f"{code}:net", 5)
     for spec, latent_dim, message in [
         (f"{code}:net", 6, "does not hold the weights.*size mismatch"),
         (f"{code}:no", 5, "no function 'no'"),

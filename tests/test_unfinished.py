@@ -2,12 +2,15 @@
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import TinyPrior, noise, tiny_model
+from torch import nn
 
+from smi.compute import precision
 from smi.defenses import IBAU, FineTune, Robust, ibau_robust
 from smi.defenses.base import Schedule, following
 from smi.defenses.ibau_restarted import Restarted
@@ -15,7 +18,9 @@ from smi.domains import PublicImages, Samples
 from smi.errors import InputError
 from smi.interrupts import Stopped, stoppable
 from smi.inversion import DeepInversion, Latent, Pixel, Stabilized, invert
-from smi.unfinished import Unfinished, workplace
+from smi.priors import GeneratorPrior
+from smi.suspects import Adapted
+from smi.unfinished import Unfinished, keeping, workplace
 
 METHODS = {
     "smi": Stabilized(steps=4, pool=2),
@@ -161,6 +166,38 @@ def test_tied_weights_can_be_kept(tmp_path):
     one = torch.ones(2)
     Unfinished(tmp_path / "state", "test", {}).save({"a": one, "b": one})
     assert sorted(load_file(tmp_path / "state")) == ["a", "b"]
+
+
+def test_settings_that_are_no_weights_tell_work_apart(tmp_path):
+    method = METHODS["latent"]
+    net, file = nn.Sequential(nn.Linear(6, 64), nn.Unflatten(1, (1, 8, 8)), nn.Sigmoid()), tmp_path / "state"
+    invert(tiny_model(), GeneratorPrior(net, 6, output_range=(0, 1)), method, per_class=1, checkpoint=file)
+    for prior, model in [
+        (GeneratorPrior(net, 6, output_range=(0, 1.5)), tiny_model()),
+        (GeneratorPrior(net, 6, output_range=(0, 1)), Adapted(tiny_model(), (8, 8), bgr=False, grey=False)),
+        (GeneratorPrior(net, 6, output_range=(0, 1)), Adapted(tiny_model(), (8, 8), bgr=True, grey=False)),
+    ]:
+        with pytest.raises(InputError, match="another inversion"):
+            invert(model, prior, method, per_class=1, checkpoint=file)
+    with pytest.raises(InputError, match="precision was 'auto' there"), precision("bfloat16"):
+        invert(tiny_model(), GeneratorPrior(net, 6, output_range=(0, 1)), method, per_class=1, checkpoint=file)
+
+
+def test_a_place_in_folders_that_are_not_there_and_the_current_folder(tmp_path, monkeypatch):
+    with workplace(tmp_path / "a" / "b", resume=False) as work:
+        Unfinished(work / "one.safetensors", "test", {}).save({"a": torch.ones(1)})
+        assert work == tmp_path / "a" / "b.unfinished"
+    monkeypatch.chdir(tmp_path / "a")
+    with workplace(Path(), resume=False) as work:
+        assert work == tmp_path / "a.unfinished"
+
+
+def test_a_repair_within_a_repair_has_a_state_of_its_own(tmp_path):
+    outer = Unfinished(tmp_path / "outer", "removal", {})
+    with keeping(outer):
+        first = DEFENSES["ft"].repair(tiny_model(), SAMPLES, seed=3)
+        assert not (tmp_path / "outer").exists()
+    assert len(first.log["loss"]) == 5
 
 
 def test_a_workplace_is_taken_up_only_when_asked_and_leaves_other_files_alone(tmp_path):

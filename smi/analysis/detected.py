@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import nn
 
 from smi.analysis.study import JUDGE_SEED, clean_judge, kept_row
-from smi.detection import UNUSUAL, Detection, Detector, detect
+from smi.detection import Detection, Detector, detect
 from smi.domains import Domain, load_domain
 from smi.priors import load_prior
 from smi.progress import track
@@ -103,7 +103,7 @@ def _loaded(model: _Model, store: Store, domain: Domain) -> tuple[nn.Module, lis
 def _ratios(found: Detection, targets: list[int]) -> Row:
     ratio = dict(zip(found.classes, found.ratio.tolist(), strict=True))
     least = min(ratio, key=ratio.__getitem__)
-    out = {label for label, value in ratio.items() if value < UNUSUAL}
+    out = set(found.reached)
     return {
         "ratio_target": min((ratio[label] for label in targets if label in ratio), default=None),
         "ratio_least": ratio[least],

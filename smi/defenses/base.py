@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from smi.augment import vary
 from smi.checks import check_model, check_number, device_of
-from smi.compute import Runner, fast, fingerprint_of, frozen
+from smi.compute import Runner, asked_precision, fast, fingerprint_of, frozen
 from smi.domains.base import PublicImages, Samples
 from smi.errors import InputError
 from smi.files import fingerprint
@@ -95,10 +95,10 @@ class Defense:
 
         samples: labelled images (`smi.invert` makes them), or None for a defense that needs none. public: unlabelled
         public images, on which the repaired model is held to the suspect model's own outputs where the defense distils.
-        checkpoint: a file for the state, written every ``every`` seconds and before Ctrl-C and SIGTERM end the work;
-        where it exists, the repair goes on from it, to the same weights. I-BAU with its robust solvers and fine-tuning
-        can do that; other defenses begin again. Raises `InputError` for anything else, a `PrivateSet` or an attack
-        above all.
+        checkpoint: a file for the state, written after a round of training when ``every`` seconds have passed, and when
+        Ctrl-C or SIGTERM end the work; where it exists, the repair goes on from it, to the same weights. I-BAU with its
+        robust solvers and fine-tuning can do that; other defenses begin again. Raises `InputError` for anything else, a
+        `PrivateSet` or an attack above all.
         """
         if samples is None and not self.needs_samples:
             check_public(public, None)
@@ -112,8 +112,9 @@ class Defense:
         check_model(model, samples.images, samples.num_classes)
         check_public(public, samples.images.shape[1:])
         if checkpoint is None:
-            return self._repair(model, samples, public, seed)
-        record = self.settings() | {"seed": seed, "model": fingerprint_of(model)}
+            with keeping(nothing_kept()):  # also inside of another repair that keeps its state
+                return self._repair(model, samples, public, seed)
+        record = self.settings() | {"seed": seed, "model": fingerprint_of(model), "precision": asked_precision()}
         record |= {"images": fingerprint(samples.images), "labels": fingerprint(samples.labels)}
         record |= {"public": None if public is None else fingerprint(public.images)}
         with keeping(Unfinished(checkpoint, "removal", record, every=every)):
@@ -229,27 +230,30 @@ def train_repair(
 
     def state() -> Tensors:
         found = named("model", repaired.state_dict()) | named("optimizer", optimizer_state(optimizer))
-        return (
-            found | named("moving", states([rng, *(moving or ())])) | {"loss": torch.tensor(curve, dtype=torch.float64)}
-        )
+        found |= named("moving", states([rng, *(moving or ())]))
+        return found | {"loss": torch.tensor(curve, dtype=torch.float64), "pieces": torch.tensor(pieces)}
 
     pieces = 1
 
     def backward(run: Runner, batch: Tensor) -> float:
         """The gradients of one step, in as many pieces as the memory asks for. Returns the loss."""
         nonlocal pieces
+        before = states(moving or ())
         while True:
             optimizer.zero_grad()
             total = 0.0
             try:
-                for piece in batch.tensor_split(pieces):
+                for piece in batch.tensor_split(min(pieces, max(1, len(batch) // 2))):  # two samples at least
                     value = loss(run, samples.images[piece].to(device), samples.labels[piece].to(device))
                     value = value * (len(piece) / len(batch))
                     value.backward()
                     total += value.item()
             except (RuntimeError, MemoryError) as error:
+                if len(batch) // (2 * pieces) < 2:
+                    raise
                 halved(error, len(batch) // pieces)
                 pieces *= 2
+                restore(moving or (), before)  # what the attempt drew
             else:
                 return total
 
@@ -260,6 +264,7 @@ def train_repair(
         restore_optimizer(optimizer, part("optimizer", left))
         restore([rng, *(moving or ())], part("moving", left))
         curve += left["loss"].tolist()
+        pieces = int(left["pieces"])
     if follow is not None:
         follow(repaired, len(curve))
     with unfinished.working() as after_round:

@@ -107,6 +107,8 @@ class Robust:
                 extra, guessed = more.draw(math.ceil(self.public * count))
                 shown, wanted = torch.cat([shown, extra]), torch.cat([wanted, guessed])
             value = F.cross_entropy(run(adversary.stamp(shown)), wanted)
+            if count == len(images):
+                return value
             return value + self._clean(run, hold, images[count:], labels[count:])
 
         start = self._start(model, samples.images, public, seed)

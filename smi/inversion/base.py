@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from smi.checks import check_model, check_number, device_of
-from smi.compute import Runner, fast, fingerprint_of, frozen, mixed
+from smi.compute import Runner, asked_precision, fast, fingerprint_of, frozen, mixed
 from smi.domains.base import Samples
 from smi.errors import InputError
 from smi.memory import Chunk, halving
@@ -144,23 +144,27 @@ def invert(
         prior = cast(Prior, frozen(prior).to(device))
     count = per_class * (1 if selection is None else selection.oversample)
     batches = _batches(num_classes, count, joint=method.joint)
-    record = {"method": method.name} | asdict(method) | {"count": count, "seed": seed}
+    record = {"method": method.name} | asdict(method) | {"count": count, "seed": seed, "precision": asked_precision()}
     if checkpoint is not None:
         record |= {"model": fingerprint_of(model), "prior": fingerprint_of(prior)}
     unfinished = Unfinished(checkpoint, "inversion", record, every=every)
     images = [value for _, value in sorted(part("images", unfinished.tensors).items(), key=lambda item: int(item[0]))]
     search = part("search", unfinished.tensors)
 
+    chunk = Chunk(int(unfinished.tensors.get("chunk", max(map(len, batches)))))
+
     def so_far() -> Tensors:
-        return {f"images.{index}": done for index, done in enumerate(images)}
+        done = {f"images.{index}": done for index, done in enumerate(images)}
+        return done | {"chunk": torch.tensor(chunk.size)}
 
     def search_for(labels: Tensor) -> Tensor:
-        task = Task(suspect, run, prior, labels.to(device), stream(seed, f"invert/{len(images)}"), left=search)
+        fits = bool(search) and len(search["variable"]) == len(labels)  # not after memory ran out in it
+        left = {name: value.clone() for name, value in search.items()} if fits else {}
+        task = Task(suspect, run, prior, labels.to(device), stream(seed, f"invert/{len(images)}"), left=left)
         task.after_step = lambda state: after_step(lambda: so_far() | named("search", state()))
         return method.optimise(task)
 
     left = _without(batches, sum(map(len, images)))
-    chunk = Chunk(len(search["variable"]) if search else max(map(len, batches)))
     with fast(suspect) as run, unfinished.working() as after_step:
         for labels in track(left, f"inversion ({method.name})", total=len(batches), before=len(batches) - len(left)):
             for done in halving(search_for, labels, chunk):
