@@ -198,7 +198,7 @@ def detection_verdict(found: Detection, classes: Sequence[str]) -> str:
         return (
             f"No sign of a backdoor was found: no class is reached by an unusually small pattern. Closest comes class "
             f"“{classes[label]}”, at {ratio[label]:.2f} of what is usual; below {UNUSUAL:g} would be a sign. That is "
-            "no proof: faint or moving triggers need not show this way."
+            "no proof: warps, faint patterns and some patches do not show this way."
         )
     first, others = found.reached[0], len(found.reached) - 1
     place = found.classes.index(first)

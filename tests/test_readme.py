@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from smi.analysis import rank_correlation
+from smi.analysis.detected import DETECTION_COLUMNS, NONE, detections
 from smi.analysis.study import ANALYSIS_COLUMNS, analyse
 from smi.sources import sources
 from smi.study import Store, load_study, read_rows, summarise
@@ -123,6 +124,25 @@ def test_what_the_readme_says_of_the_study() -> None:
     said.append(f"{100 * of_seed[20]:.1f} there and {100 * everything['der']:.1f} over all")
     text = " ".join((ROOT / "README.md").read_text().split())
     assert [words for words in said if words not in text] == []
+
+
+def test_what_the_readme_says_of_detection() -> None:
+    store = Store(ROOT / "notebooks/results/digits", ROOT / "no cache")
+    rows, missing = detections(load_study("digits"), store)
+    assert not missing
+    assert as_csv(rows, DETECTION_COLUMNS) == (ROOT / "notebooks/results/detection.csv").read_text()
+    victims, clean = ([row for row in rows if (row["attack"] == NONE) == sound] for sound in (False, True))
+    hits: dict[str, int] = {}
+    for row in victims:
+        hits[row["attack"]] = hits.get(row["attack"], 0) + (row["flagged"] == "target")
+    assert not any(row["flagged"] == "other" for row in victims)
+    assert not any(row["flagged"] != "no" for row in clean)
+    assert sorted(name for name, count in hits.items() if not count) == ["badnets_all2all", "blended", "wanet"]
+    assert sorted(name for name, count in hits.items() if count == 1) == ["label_consistent", "sig"]
+    assert sum(count == 3 for count in hits.values()) == 7
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert f"Of the {len(victims)} backdoored models of the study below it finds {sum(hits.values())}, " in text
+    assert f"no alarm on {len(clean)} clean ones" in text
 
 
 def test_the_analysis_is_that_of_the_committed_cells_and_what_the_readme_says_of_it() -> None:
