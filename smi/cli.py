@@ -156,7 +156,7 @@ def remove(
     from smi.errors import InputError
     from smi.files import ROOM, check_room, claimed
     from smi.gan import PriorConfig, fit_prior
-    from smi.pipeline import Clock, remove_backdoor
+    from smi.pipeline import Clock, held_out_samples, remove_backdoor
     from smi.priors import GAN, SIZE, save_prior
     from smi.report import Removal, removal_verdict, write_report
     from smi.suspects import load_suspect
@@ -183,11 +183,16 @@ def remove(
             assert prior is not None
             with clock("remove"):
                 cleaned = remove_backdoor(suspect.model, prior, public, per_class=per_class, seed=seed, checkpoint=work)
-            with clock("detect"):
-                detection = _detection(suspect.model, prior, public, cleaned, seed, work) if detection_wanted else None
+            with clock("hold out"):
+                held_out = held_out_samples(suspect.model, prior, seed=seed, checkpoint=work / "held_out.safetensors")
+            detection = None
+            if detection_wanted:
+                with clock("detect"):
+                    detection = _detection(suspect.model, prior, public, cleaned, seed, work)
             settings = {"model": model, "form": form, "public": public_name, "per_class": per_class, "resumed": resume}
             settings |= {"prior_file": prior_name, "generator": own, "prior": prior.record}
-            removal = Removal(suspect, cleaned, seed, clock.seconds, settings | cleaned.repair.settings, detection)
+            settings |= cleaned.repair.settings
+            removal = Removal(suspect, cleaned, seed, clock.seconds, settings, detection, held_out)
             paths = write_report(removal, folder, force=force)
             if prior_name is None and isinstance(prior, GAN):
                 paths.append(folder / "prior.safetensors")

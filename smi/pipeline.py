@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,13 @@ from smi.domains.base import Domain, PublicImages, Samples
 from smi.evaluation import Comparison, Evaluator, Measurement, clean_control
 from smi.inversion import Inversion, Latent, Stabilized, invert
 from smi.priors import Prior, check_prior
+from smi.seeding import derive
 from smi.sources import pseudo_labelled
 from smi.stability import Selection, kernel_backend
 
 PER_CLASS = 30
 STAGES = ("inversion", "removal")
+HELD_OUT = 5  # a class
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +77,14 @@ def remove_backdoor(
     )  # fmt: skip
     repair = (defense or IBAU()).repair(model, samples, public, seed=seed, checkpoint=at["removal"])
     return Cleaned(repair.model, samples, repair)
+
+
+def held_out_samples(model: nn.Module, prior: Prior, *, seed: int = 0, checkpoint: str | Path | None = None) -> Samples:
+    """A few more reconstructions of every class of the suspect, for comparing it with a repaired model that never saw
+    them. Not chosen by stability. checkpoint: a file for the state of the work."""
+    other = derive(seed, "held out")
+    samples = invert(model, prior, Stabilized(), per_class=HELD_OUT, seed=other, checkpoint=checkpoint)
+    return replace(samples, source="held out")
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from smi.compute import predict, versions
 from smi.detection import UNUSUAL, Detection
+from smi.domains.base import Samples
 from smi.files import output_folder, write_atomic
 from smi.models import save_classifier
 from smi.page import page, paragraph
@@ -47,7 +48,8 @@ class Removal:
     """A removal from a user's own model, and what can be measured about it without clean data or the trigger.
 
     suspect: the model before, and the layout to save the repaired one in. stages: seconds by stage. settings: for the
-    record. detection: whether the suspect shows a backdoor, where that was looked into.
+    record. detection: whether the suspect shows a backdoor, where that was looked into. held_out: reconstructions that
+    the removal did not use, to compare the models on; without any the removal's own serve.
     """
 
     suspect: Suspect
@@ -56,18 +58,24 @@ class Removal:
     stages: dict[str, float]
     settings: dict[str, Any]
     detection: Detection | None = None
+    held_out: Samples | None = None
+
+    @property
+    def judged(self) -> Samples:
+        """The reconstructions that the models are compared on."""
+        return self.cleaned.samples if self.held_out is None else self.held_out
 
     @cached_property
     def agreement(self) -> Tensor:
-        """Whether both models give the same label, bool ``[N]``, on each reconstruction."""
-        images = self.cleaned.samples.images
+        """Whether both models give the same label, bool ``[N]``, on each of the images `judged`."""
+        images = self.judged.images
         return predict(self.suspect.model, images).argmax(1) == predict(self.cleaned.model, images).argmax(1)
 
     @cached_property
     def stability(self) -> tuple[Tensor, Tensor]:
-        """Stability scores ``[N]`` of the reconstructions on the suspect and on the repaired model, same noise."""
+        """Stability scores ``[N]`` of the images `judged` on the suspect and on the repaired model, same noise."""
         models = (self.suspect.model, self.cleaned.model)
-        before, after = (score_samples(model, self.cleaned.samples, seed=self.seed) for model in models)
+        before, after = (score_samples(model, self.judged, seed=self.seed) for model in models)
         return before, after
 
     def summary(self) -> dict[str, Any]:
@@ -77,6 +85,7 @@ class Removal:
         return {
             "seed": self.seed,
             "n": len(samples),
+            "held_out": 0 if self.held_out is None else len(self.held_out),
             "classes": list(self.suspect.classes),
             "agreement": self.agreement.float().mean().item(),
             "stability": {"median_before": before, "median_after": after},
@@ -140,7 +149,7 @@ def removal_page(removal: Removal) -> str:
         f"Backdoor removal without clean data, seed {removal.seed}",
         paragraph(removal_verdict(removal), "verdict"),
         *([] if removal.detection is None else [detection_section(removal.detection, classes)]),
-        defender_section(removal.agreement, removal.stability, cleaned.repair, cleaned.samples, classes),
+        defender_section(removal.agreement, removal.stability, cleaned.repair, removal.judged, classes),
         reconstructions_section(cleaned.samples, classes),
         perturbations_section(cleaned.repair, classes),
         curves_section({cleaned.samples.source: cleaned.repair}),
@@ -170,7 +179,8 @@ def removal_verdict(removal: Removal) -> str:
     """What a defender can tell: whether there are signs of a backdoor and why, and what the removal did."""
     log, same = removal.cleaned.repair.log, percent(removal.agreement.float().mean().item())
     head = "" if removal.detection is None else detection_verdict(removal.detection, removal.suspect.classes) + " "
-    kept = f"the repaired model gives {same} of the reconstructions the label that the suspect model gave"
+    kind = "" if removal.held_out is None else "held-out "
+    kept = f"the repaired model gives {same} of the {kind}reconstructions the label that the suspect model gave"
     if not log.get("fooling_before"):
         return f"{head}Repaired by {defense_name(removal.cleaned.repair.defense)}: {kept}."
     classes = removal.suspect.classes

@@ -195,7 +195,8 @@ def defender_section(same: Tensor, stability: tuple[Tensor, Tensor], repair: Rep
                      classes: Sequence[str]) -> str:  # fmt: skip
     """What can be known without clean data: fooling rates, agreement and stability, a row a class.
 
-    same: bool ``[N]``, whether both models agree on a sample. stability: scores ``[N]`` before and after.
+    same: bool ``[N]``, whether both models agree on a sample. stability: scores ``[N]`` before and after. samples: what
+    they were measured on, the removal's own or "held out" from it.
     """
     rates = [repair.log.get(key, []) for key in ("fooling_before", "fooling_after")]
     fooling = all(len(values) == len(classes) for values in rates)
@@ -211,6 +212,8 @@ def defender_section(same: Tensor, stability: tuple[Tensor, Tensor], repair: Rep
         "Same label: share of the class's reconstructions that both models label alike. Stability: their median score "
         "(lower is more stable)."
     )
+    if samples.source == "held out":
+        caption += f" Both on {len(samples)} reconstructions that the removal did not use."
     if fooling:
         caption = "Fooled: share of the other classes' samples that one small pattern sends to this class. " + caption
     note = (

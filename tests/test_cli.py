@@ -39,6 +39,7 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     monkeypatch.setattr(smi.detection, "Detector", lambda: Detector(lessons=2, batch_size=8, images=4, steps=1))
+    monkeypatch.setattr(smi.pipeline, "HELD_OUT", 1)
     save_classifier(build_classifier("small_cnn", 1, 3).eval(), "suspect.safetensors", arch="small_cnn")
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -158,7 +159,12 @@ def test_without_a_prior_one_is_trained_on_the_public_images(here, monkeypatch):
     assert all(torch.equal(value, again[name]) for name, value in given["prior"].state_dict().items())
     kept = smi.priors.load_prior("out/prior.safetensors")
     assert kept.record["config"]["steps"] == 2
-    assert json.loads((here / "out/report.json").read_text())["stages"].keys() == {"prior", "remove", "detect"}
+    assert json.loads((here / "out/report.json").read_text())["stages"].keys() == {
+        "prior",
+        "remove",
+        "hold out",
+        "detect",
+    }
 
 
 def test_a_removal_that_is_stopped_goes_on_to_the_same_weights(here, monkeypatch):
@@ -184,7 +190,7 @@ def test_a_removal_that_is_stopped_goes_on_to_the_same_weights(here, monkeypatch
     assert smi_run(*command, "--out", "parts", "--resume").exit_code == 130
     assert begun == ["inversion", "removal", "detection"]
     assert sorted(p.name for p in (here / "parts.unfinished").iterdir()) == [
-        "detection.safetensors", "inversion.safetensors", "removal.safetensors"
+        "detection.safetensors", "held_out.safetensors", "inversion.safetensors", "removal.safetensors"
     ]  # fmt: skip
     assert smi_run(*command, "--out", "parts", "--resume").exit_code == 0
     assert not (here / "parts.unfinished").exists()

@@ -13,7 +13,8 @@ from smi.attacks import BadNets
 from smi.classifiers import TrainConfig
 from smi.defenses import IBAU, FineTune, Robust, Schedule
 from smi.domains import Domain, PrivateData, PrivateSet, PublicImages
-from smi.pipeline import Clock, DemoConfig, pseudo_labelled, run_demo
+from smi.inversion import Stabilized, invert
+from smi.pipeline import HELD_OUT, Clock, DemoConfig, held_out_samples, pseudo_labelled, run_demo
 
 QUICK = Schedule(rounds=2, batch_size=9)
 DEFENSE = IBAU(solver=Robust(schedule=QUICK, steps=2, images=6))
@@ -136,3 +137,13 @@ def test_the_digits_demo_removes_the_backdoor() -> None:
     assert result.before.asr >= 0.99
     assert row.before.acc - row.after.acc <= 0.05
     assert row.after.asr <= 0.10
+
+
+def test_held_out_reconstructions_are_others_than_the_removals():
+    model, prior = tiny_model(), TinyPrior()
+    held = held_out_samples(model, prior, seed=2)
+    assert held.source == "held out"
+    assert held.labels.tolist() == sorted([0, 1, 2] * HELD_OUT)
+    own = invert(model, prior, Stabilized(), per_class=HELD_OUT, seed=2)
+    assert not torch.equal(held.images, own.images)
+    assert torch.equal(held.images, held_out_samples(model, prior, seed=2).images)

@@ -1,4 +1,5 @@
 import base64
+import dataclasses
 import json
 import re
 from dataclasses import replace
@@ -100,6 +101,17 @@ def test_the_demo_page_says_what_was_found(demo):
     text = Page(demo_page(demo)).text
     for wanted in (verdict(demo), "98.1", "99.9", "fine-tuning", "I-BAU, robust solver", "A removal alone", "torch"):
         assert wanted in text
+
+
+def test_the_models_are_compared_on_what_the_removal_did_not_use():
+    run = fake_run.removal()
+    assert "held-out" not in removal_verdict(run)
+    held = fake_run.samples(source="held out").select(torch.arange(0, 18, 2))
+    run = dataclasses.replace(run, held_out=held)
+    assert len(run.agreement) == len(run.stability[0]) == len(held) == 9
+    assert run.summary()["held_out"] == 9
+    assert "of the held-out reconstructions" in removal_verdict(run)
+    assert "Both on 9 reconstructions that the removal did not use." in removal_page(run)
 
 
 def test_weights_that_the_layout_cannot_hold_leave_no_report(tmp_path):
