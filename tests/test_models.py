@@ -95,7 +95,7 @@ def test_loading_refuses_nan_and_a_std_of_zero(saved):
         ({"num_classes": 10**12}, "claims"),
         ({"num_classes": True}, "does not say"),
         ({"record": "text"}, "does not say"),
-        ({"kind": "prior"}, "does not hold a classifier"),
+        ({"kind": "prior"}, "holds no classifier"),
     ],
 )
 def test_loading_refuses_metadata_that_does_not_fit(saved, meta, message):
@@ -114,7 +114,7 @@ def test_loading_refuses_missing_truncated_foreign_and_pickled_files(saved, tmp_
         load_classifier(saved)
     foreign = tmp_path / "foreign.safetensors"
     save_file({"x": torch.zeros(1)}, str(foreign), {"format": json.dumps("pt")})
-    with pytest.raises(InputError, match="does not hold a classifier"):
+    with pytest.raises(InputError, match="holds no classifier"):
         load_classifier(foreign)
     pickled = tmp_path / "pickled.pt"
     torch.save({"x": torch.zeros(1)}, pickled)
