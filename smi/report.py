@@ -197,6 +197,8 @@ def detection_verdict(found: Detection, classes: Sequence[str]) -> str:
     """Whether the suspect shows a backdoor, with the reason."""
     if len(found.classes) < found.LEAST:
         return f"Signs of a backdoor cannot be told with fewer than {found.LEAST} classes to compare."
+    if not found.ratio.isfinite().all():
+        return "Signs of a backdoor cannot be told: the images of the prior do not differ, so that there is no scale."
     if not found.conclusive:
         return (
             "Whether there is a backdoor cannot be said: a fresh model that was taught the suspect's labels agrees "

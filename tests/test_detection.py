@@ -209,6 +209,7 @@ def test_the_verdict_and_its_reasons():
     assert "“c1”, at 0.70" in none
     assert "no proof" in none
     assert "cannot be said" in detection_verdict(found([0.1, 1.0, 1.0, 1.0], agreement=0.2), names)
+    assert "do not differ" in detection_verdict(found([float("nan")] * 4), names)
     assert "fewer than 4 classes" in detection_verdict(found([0.1, 3.0]), names)
 
 
