@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from smi.interrupts import Stopped, stoppable
-from smi.options import cores
+from smi.options import check_device, cores
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -55,10 +55,12 @@ def located(command: Command) -> Command:
               help="Processes of one thread each.")  # fmt: skip
 @click.option("--scheduler", help="Address of a running Dask scheduler, tcp://HOST:PORT, instead of own workers.")
 @click.option("--resource", metavar="NAME", help="With --scheduler: use only workers that have this Dask resource.")
+@click.option("--device", type=click.Choice(["cpu", "cuda", "mps"]), default="cpu", show_default=True,
+              help="Where the workers run models; several can share one.")  # fmt: skip
 @click.option("--retry", is_flag=True, help="Compute cells that failed again.")
 def run(
     name: str, out: Path | None, cache: Path | None, workers: int, scheduler: str | None, resource: str | None,
-    retry: bool,
+    device: str, retry: bool,
 ) -> None:  # fmt: skip
     """Compute the cells that are missing. May be stopped (Ctrl-C) and run again at any time: what is done stays.
 
@@ -69,12 +71,17 @@ def run(
     Example:
       dask scheduler
       dask worker tcp://HOST:8786 --nthreads 1 --resources "GPU=1"
-      smi study digits --scheduler tcp://HOST:8786 --resource GPU
+      smi study digits --scheduler tcp://HOST:8786 --resource GPU --device cuda
     """
+    from dataclasses import replace
+
     from smi.study import run_study
     from smi.study.results import errors, status as count
 
+    if scheduler is None:
+        check_device(device)  # else it is the workers that need it
     chosen, store = _open(name, out, cache)
+    store = replace(store, device=device)
     try:
         with stoppable():
             ran = run_study(chosen, store, scheduler=scheduler, workers=workers, resource=resource, retry=retry)

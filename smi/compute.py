@@ -115,12 +115,16 @@ def fingerprint_of(model: object) -> str:
     return hashlib.sha256(tensors.encode()).hexdigest()[:16]
 
 
-def versions() -> dict[str, str]:
-    """Versions of what numbers depend on, and the processor's way of multiplying."""
-    return {name: version(name) for name in ("torch", "numpy")} | {
+def versions(device: str | torch.device = "cpu") -> dict[str, str]:
+    """Versions of what numbers depend on, the processor's way of multiplying, the name of a ``device`` beside it."""
+    found = {name: version(name) for name in ("torch", "numpy")} | {
         "python": platform.python_version(),
         "cpu": torch.backends.cpu.get_cpu_capability() + (" bf16" if bf16_is_fast() else ""),
     }
+    kind = torch.device(device).type
+    if kind != "cpu":
+        found["device"] = torch.cuda.get_device_name(device) if kind == "cuda" else kind
+    return found
 
 
 @torch.no_grad()

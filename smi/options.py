@@ -71,7 +71,7 @@ def common(command: Command) -> Command:
 
         from smi.compute import precision as computing_in
 
-        _check_device(device)
+        check_device(device)
         torch.set_num_threads(threads)
         with computing_in(precision):
             return command(*args, device=device, **options)
@@ -212,7 +212,8 @@ def _size(text: str | None) -> tuple[int, int] | None:
     return int(parts[0]), int(parts[-1])
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """Raises `InputError` for a device that torch does not find here."""
     import torch
 
     from smi.errors import InputError

@@ -35,7 +35,8 @@ OTHERS = {
 
 @pytest.fixture
 def there():
-    with elsewhere() as device:
+    # The stand-in has no autocast: on a processor with bfloat16 the CPU would round where it does not.
+    with precision("float32"), elsewhere() as device:
         yield device
 
 
@@ -45,6 +46,11 @@ def on_cpu(*tensors):
 
 def same(model, other):
     return all(torch.equal(value.cpu(), other.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def assert_same_scores(away, here):
+    """But for roundings: with AVX512 the CPU has a backend of its own, which sums in another order."""
+    torch.testing.assert_close(away, here, rtol=1e-4, atol=1e-7)
 
 
 def test_the_stand_in_tells_what_a_device_tells(there):
@@ -70,7 +76,7 @@ def test_inversion(there, name):
     away = invert(model, TinyPrior(), METHODS[name], per_class=2, selection=Selection(oversample=2, k=2), seed=1)
     assert on_cpu(away.images, away.labels, away.scores)
     assert torch.equal(away.images, here.images)
-    assert torch.equal(away.scores, here.scores)
+    assert_same_scores(away.scores, here.scores)
     assert next(model.parameters()).device == there
 
 
@@ -102,13 +108,16 @@ def test_prior(there, tmp_path):
 
 def test_looking_at_a_model(there):
     model, images = tiny_model().to(there), noise(5, 1, 8, 8)
-    for look in (predict, features, lambda m, x: score_samples(m, SAMPLES)):
+    for look in (predict, features):
         found = look(model, images)
         assert on_cpu(found)
         assert torch.equal(found, look(tiny_model(), images))
+    found = score_samples(model, SAMPLES)
+    assert on_cpu(found)
+    assert_same_scores(found, score_samples(tiny_model(), SAMPLES))
     labels = torch.arange(5) % 3
     scores = stability_scores(model, images.to(there), labels.to(there), k=2, sigma_x=0.1, sigma_w=0.1)
-    assert torch.equal(scores.cpu(), stability_scores(tiny_model(), images, labels, k=2, sigma_x=0.1, sigma_w=0.1))
+    assert_same_scores(scores.cpu(), stability_scores(tiny_model(), images, labels, k=2, sigma_x=0.1, sigma_w=0.1))
 
 
 def test_evaluation(there):

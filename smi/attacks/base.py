@@ -88,9 +88,11 @@ class Attack:
             labels[chosen], poisoned[chosen] = wanted[chosen], True
         return PoisonedSet(images, labels, poisoned, data.num_classes)
 
-    def train(self, data: PrivateSet, config: TrainConfig, rate: float, seed: int) -> tuple[nn.Module, Self]:
-        """A classifier trained on poisoned ``data``, and the attack."""
-        return train_classifier(poison(data, self, rate=rate, seed=seed), config, seed=seed), self
+    def train(
+        self, data: PrivateSet, config: TrainConfig, rate: float, seed: int, device: str | torch.device = "cpu"
+    ) -> tuple[nn.Module, Self]:
+        """A classifier trained on poisoned ``data``, on ``device``, and the attack."""
+        return train_classifier(poison(data, self, rate=rate, seed=seed), config, seed=seed, device=device), self
 
     def settings(self) -> dict[str, Any]:
         """The configuration without what was optimised, for the record."""
@@ -150,15 +152,17 @@ def plant(
     rate: float | None = None,
     surrogate: nn.Module | None = None,
     seed: int = 0,
+    device: str | torch.device = "cpu",
 ) -> tuple[nn.Module, Attack]:
     """A classifier with a backdoor, and the attack with what it optimised: all of the attacker's side in one call.
 
     surrogate: a classifier trained on clean images, for attacks that need one; trained here where it is not given.
+    device: where classifiers are trained; the one that is returned is there.
     """
     if not isinstance(attack, Attack):
         raise InputError(f"plant takes an Attack, not {type(attack).__name__}. Try smi.attacks.BadNets(target=0).")
     config = config or TrainConfig()
     if attack.needs_surrogate and surrogate is None:
-        surrogate = train_classifier(data, config, seed=seed)
+        surrogate = train_classifier(data, config, seed=seed, device=device)
     fitted = attack.fit(data, surrogate, seed=seed)
-    return fitted.train(data, config, attack.rate if rate is None else rate, seed)
+    return fitted.train(data, config, attack.rate if rate is None else rate, seed, device)

@@ -62,7 +62,9 @@ class InputAware(Attack):
             parts = zip(images.split(512), others.split(512), strict=True)
             return torch.cat([apply(x, mask(y), pattern(y)) for x, y in parts])
 
-    def train(self, data: PrivateSet, config: TrainConfig, rate: float, seed: int) -> tuple[nn.Module, Self]:
+    def train(
+        self, data: PrivateSet, config: TrainConfig, rate: float, seed: int, device: str | torch.device = "cpu"
+    ) -> tuple[nn.Module, Self]:
         """A classifier, trained as `smi.train_classifier` does, and the attack with the generators trained with it.
 
         The trigger goes on the augmented image. rate: the share of each batch that gets its own trigger; as in the
@@ -70,9 +72,9 @@ class InputAware(Attack):
         """
         check_number("rate", rate, low=0, high=1 - self.cross_rate)
         self.relabel(data.labels, data.num_classes)  # a target that does not exist is told before any work
-        mask = self._train_mask(data.images, seed)
-        pattern = self._generator("pattern", data.images, seed)
-        model = build_classifier(config.arch, data.images.shape[1], data.num_classes, seed=seed)
+        mask = self._train_mask(data.images, seed).to(device)
+        pattern = self._generator("pattern", data.images, seed).to(device)
+        model = build_classifier(config.arch, data.images.shape[1], data.num_classes, seed=seed).to(device)
         rng, augment = stream(seed, "train"), AUGMENTATIONS[config.augment]
         steps = max(1, len(data) // config.batch_size)
         sgd = torch.optim.SGD(
@@ -84,7 +86,8 @@ class InputAware(Attack):
         with fast(model) as run:
             for _ in track(range(config.epochs), "training", config.epochs):
                 for batch in torch.randperm(len(data), generator=rng).tensor_split(steps):
-                    images, labels = augment(data.images[batch], rng).clamp(0, 1), data.labels[batch]
+                    images = augment(data.images[batch], rng).clamp(0, 1).to(device)
+                    labels = data.labels[batch].to(device)
                     shown, wanted, spread = self._mixture(images, labels, data.num_classes, rate, mask, pattern)
                     loss = F.cross_entropy(run(shown), wanted) + self.diversity * spread
                     sgd.zero_grad()
@@ -94,8 +97,8 @@ class InputAware(Attack):
                     adam.step()
                     schedule.step()
         model.image_shape = tuple(data.images.shape[1:])
-        state = {f"mask.{name}": value.detach().clone() for name, value in mask.state_dict().items()}
-        state |= {f"pattern.{name}": value.detach().clone() for name, value in pattern.state_dict().items()}
+        state = {f"mask.{name}": value.detach().cpu().clone() for name, value in mask.state_dict().items()}
+        state |= {f"pattern.{name}": value.detach().cpu().clone() for name, value in pattern.state_dict().items()}
         return model.eval(), replace(self, fitted=state)
 
     def _mixture(

@@ -34,10 +34,13 @@ PRIOR_SEED = 0  # one prior for all cells of a place
 
 @dataclass(frozen=True)
 class Store:
-    """Where files lie. results: one JSON a cell. cache: victims, priors and samples, which can be made again."""
+    """Where files lie, and where models run. results: one JSON a cell. cache: victims, priors and samples, which can be
+    made again. device: of every worker, as torch names it.
+    """
 
     results: Path
     cache: Path
+    device: str = "cpu"
 
     def cell(self, cell: Cell) -> Path:
         """The file of a cell."""
@@ -82,7 +85,8 @@ def make_prior(place: Place, store: Store) -> str:
     if not is_whole(file, "prior"):
         checkpoint = file.with_suffix(".checkpoint")
         is_whole(checkpoint, "unfinished prior")  # training goes on from it where it is whole
-        save_prior(fit_prior(images, config, seed=PRIOR_SEED, checkpoint=checkpoint), file)
+        prior = fit_prior(images, config, seed=PRIOR_SEED, device=store.device, checkpoint=checkpoint)
+        save_prior(prior, file)
     return str(file)
 
 
@@ -93,7 +97,9 @@ def make_victim(cell: Cell, store: Store) -> str:
         return str(file)
     start, domain = time.perf_counter(), _domain(cell.place.domain, cell.place.public)
     surrogate = clean_classifier(cell, store, domain) if cell.attack.needs_surrogate else None
-    model, attack = plant(domain.private.train, cell.attack, cell.place.train, surrogate=surrogate, seed=cell.seed)
+    model, attack = plant(
+        domain.private.train, cell.attack, cell.place.train, surrogate=surrogate, seed=cell.seed, device=store.device
+    )
     before = Evaluator(domain.private.test, attack).measure(model)
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     tensors |= {f"attack.{name}": value for name, value in (attack.fitted or {}).items()}
@@ -113,10 +119,11 @@ def clean_classifier(cell: Cell, store: Store, domain: Domain) -> nn.Module:
     file = store.kept("surrogates", digest(made_from))
     data = domain.private.train
     if not is_whole(file, "surrogate"):
-        save_tensors(file, train_classifier(data, train, seed=cell.seed).state_dict(), {"kind": "surrogate"})
+        made = train_classifier(data, train, seed=cell.seed, device=store.device)
+        save_tensors(file, made.state_dict(), {"kind": "surrogate"})
     model = build_classifier(train.arch, data.images.shape[1], data.num_classes)
     model.load_state_dict(load_tensors(file, "surrogate")[0])
-    return model.eval()
+    return model.to(store.device).eval()
 
 
 def load_victim(file: str, attack: Attack) -> tuple[Classifier, Attack, Measurement]:
@@ -140,7 +147,7 @@ def make_cell_samples(cell: Cell, store: Store, victim: str, prior: str | None) 
     start, domain = time.perf_counter(), _domain(cell.place.domain, cell.place.public)
     model, _, _ = load_victim(victim, cell.attack)
     given = Given(
-        model=model, prior=None if prior is None else _prior(prior), public=domain.public,
+        model=model.to(store.device), prior=None if prior is None else _prior(prior), public=domain.public,
         per_class=cell.per_class, seed=cell.seed,
         private=domain.private.train if cell.source == "clean" else None,
     )  # fmt: skip
@@ -167,7 +174,7 @@ def run_cell(cell: Cell, store: Store, victim: str, samples: str) -> str:
         tensors, meta = load_tensors(samples, "samples")
         given, made = Samples(tensors["images"], tensors["labels"], meta["num_classes"], cell.source), meta["seconds"]
     start = time.perf_counter()
-    repair = cell.defense.repair(model, given, domain.public, seed=cell.seed)
+    repair = cell.defense.repair(model.to(store.device), given, domain.public, seed=cell.seed)
     spent = time.perf_counter() - start
     after = Evaluator(domain.private.test, attack).measure(repair.model)
     result = Comparison(before, after)
@@ -177,7 +184,7 @@ def run_cell(cell: Cell, store: Store, victim: str, samples: str) -> str:
         "before": asdict(before),
         "after": result.as_dict(),
         "seconds": {"samples": made, "repair": round(spent, 3)},
-        "versions": versions(),
+        "versions": versions(store.device),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     write_atomic(file, json.dumps(record, indent=1, sort_keys=True) + "\n")
