@@ -1,17 +1,23 @@
-"""Measure on the GPU at hand which way each convolution should take, and write the device's configuration.
+"""Measure on the GPU at hand how each convolution is run fastest, and write the device's configuration.
 
     python -m smi_kernels.tune
 
-times our convolution and the vendor's library on the layers of the benchmark's models, in bfloat16, and writes
-``configs/<device>.json`` (with the date and versions), which `smi_kernels.configs` reads from then on.
+times our convolution with each of `TILES`, and the vendor's library, on the layers of the benchmark's models in
+bfloat16, and writes ``configs/<device>.json`` (with the date and versions), which `smi_kernels.configs` reads from then
+on. Compiling takes a minute or two on 16 cores.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import multiprocessing
+import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,15 +29,39 @@ from torch import Tensor, nn
 from smi_kernels import configs, ops  # noqa: F401  registers torch.ops.smi_kernels
 from smi_kernels.backends.triton import library_conv
 from smi_kernels.bench.models import ARCHITECTURES, make_images, make_model
+from smi_kernels.configs import HALF, SIGNS
+from smi_kernels.epilogues import epilogues
 from smi_kernels.layers import zero_padding
 from smi_kernels.plan import Layer, plan_of
+from smi_kernels.registry import load_kernel
+from smi_kernels.triton.conv_shape import ConvShape, conv_shape
 
 DRAWS = 8
 """Draws in a group."""
 
+IMAGES = (16, 64, 256)
+"""Images of a draw."""
 
-def layers_of(name: str, n: int) -> Iterator[tuple[nn.Conv2d, Tensor]]:
-    """Convolutions of a benchmark model, each with a random input ``[N, C, H, W]`` of its size."""
+# block_m, block_o, block_k, num_warps, num_stages, weight_first
+TILES: dict[str, list[tuple[int, int, int, int, int, int]]] = {
+    HALF: [
+        (64, 32, 32, 4, 3, 0), (128, 32, 64, 4, 3, 0), (256, 32, 64, 8, 3, 0),
+        (64, 64, 64, 4, 4, 0), (128, 64, 64, 4, 3, 0), (128, 64, 64, 8, 3, 0), (256, 64, 64, 8, 3, 0),
+        (64, 128, 64, 4, 3, 0), (128, 128, 64, 8, 3, 0), (128, 128, 64, 4, 3, 0), (256, 128, 64, 8, 3, 0),
+        (128, 256, 64, 8, 3, 0),
+    ],
+    SIGNS: [
+        (64, 32, 32, 4, 3, 0), (256, 32, 64, 8, 3, 0), (64, 64, 64, 4, 3, 0), (128, 64, 64, 4, 3, 0),
+        (256, 64, 64, 8, 3, 0), (128, 128, 64, 8, 3, 0), (256, 64, 64, 8, 3, 1), (128, 128, 64, 8, 3, 1),
+    ],
+}  # fmt: skip
+"""What is tried, by kind of convolution."""
+
+NAMES = ("block_m", "block_o", "block_k", "num_warps", "num_stages", "weight_first")
+
+
+def layers_of(name: str) -> Iterator[tuple[nn.Conv2d, tuple[int, int, int]]]:
+    """Convolutions of a benchmark model, each with the shape ``(C, H, W)`` of its inputs."""
     model, images = make_model(name).eval(), make_images(name, 2)
     shapes: dict[str, torch.Size] = {}
     hooks = [
@@ -45,48 +75,138 @@ def layers_of(name: str, n: int) -> Iterator[tuple[nn.Conv2d, Tensor]]:
         hook.remove()
     for step, _ in plan_of(model, images).steps:
         module = model.get_submodule(step.module) if isinstance(step, Layer) else None
-        if isinstance(module, nn.Conv2d):
-            yield module, torch.randn(n, *shapes[step.module][1:])  # type: ignore[union-attr]
+        if isinstance(step, Layer) and isinstance(module, nn.Conv2d):
+            _, c, h, w = shapes[step.module]
+            yield module, (c, h, w)
 
 
-def measure(module: nn.Conv2d, x: Tensor, time: Callable[[Callable[[], Any]], float]) -> dict[str, Any]:
-    """Seconds of a convolution by our kernel and by the library, `DRAWS` draws with bias and activation."""
-    weight = torch.randn(DRAWS, *module.weight.shape, device=x.device, dtype=x.dtype)
-    ours = weight.flatten(3).transpose(2, 3).contiguous()
-    theirs = ours.unflatten(2, module.kernel_size).permute(0, 1, 4, 2, 3)
-    bias = torch.randn(DRAWS, module.out_channels, device=x.device)
-    batch = x.repeat(DRAWS, 1, 1, 1).contiguous(memory_format=torch.channels_last)
-    padding = zero_padding(module)
-    assert padding is not None
-    geometry = (list(module.stride), list(padding), list(module.dilation), module.groups)
+class Problem:
+    """A convolution of `DRAWS` draws with random numbers, bias and ReLU, in bfloat16."""
 
-    def kernel() -> Tensor:
-        end = ("relu", False, x.dtype)
-        return torch.ops.smi_kernels.perturbed_conv(
-            batch, ours, bias, None, DRAWS, list(module.kernel_size), *geometry, *end
+    def __init__(self, module: nn.Conv2d, size: tuple[int, int, int], images: int, device: str) -> None:
+        padding = zero_padding(module)
+        assert padding is not None
+        self.module, rows = module, module.out_channels
+        self.geometry = (list(module.stride), list(padding), list(module.dilation), module.groups)
+        self.x = torch.randn(DRAWS * images, *size, device=device, dtype=torch.bfloat16)
+        self.x = self.x.contiguous(memory_format=torch.channels_last)
+        weight = torch.randn(DRAWS, *module.weight.shape, device=device, dtype=torch.bfloat16)
+        self.weight = weight.flatten(3).transpose(2, 3).contiguous()
+        self.theta, self.bias = weight[0].float(), torch.randn(DRAWS, rows, device=device)
+        words = -(-module.weight.shape[1] // 32)
+        bits = (DRAWS, rows, module.weight[0, 0].numel(), words)
+        self.signs = torch.randint(-(2**31), 2**31 - 1, bits, device=device, dtype=torch.int32)
+        like = self.weight.shape[1:]
+        kernel, stride, zeros, dilation = self._pairs
+        self.shape = conv_shape(self.x, like, DRAWS, kernel, stride, zeros, dilation, module.groups, shared=False)
+
+    @property
+    def _pairs(self) -> tuple[tuple[int, int], ...]:
+        stride, padding, dilation, _ = self.geometry
+        return tuple((a, b) for a, b in (self.module.kernel_size, stride, padding, dilation))
+
+    def ours(self, kind: str, tile: dict[str, int] | None) -> Tensor:
+        """By our kernel; with the tile that it chooses itself where none is given."""
+        from smi_kernels.triton.perturbed_conv import perturbed_conv, perturbed_conv_signs
+
+        kernel, stride, padding, dilation = self._pairs
+        common: dict[str, Any] = {
+            "draws": DRAWS, "kernel_size": kernel, "stride": stride, "padding": padding, "dilation": dilation,
+            "groups": self.module.groups, "epilogue": load_kernel(epilogues["relu"].kernel), "tile": tile,
+        }  # fmt: skip
+        if kind == HALF:
+            return perturbed_conv(self.x, self.weight, self.bias, **common)
+        return perturbed_conv_signs(self.x, self.weight[0].contiguous(), self.signs, None, self.bias, std=0.1, **common)
+
+    def perturb(self) -> Tensor:
+        """Weights with Rademacher noise written out, which `HALF` then multiplies, instead of `SIGNS`."""
+        out = torch.empty_like(self.weight)
+        torch.ops.smi_kernels.perturb_weight(
+            self.theta, out, 0.1, None, 1, "rademacher", 0, DRAWS, 1, 2, False, None, None
+        )
+        return out
+
+    def library(self) -> Tensor:
+        """By the vendor's library."""
+        weight = self.weight.unflatten(2, self.module.kernel_size).permute(0, 1, 4, 2, 3)
+        return library_conv(
+            self.x, weight, self.bias, None, DRAWS, self.geometry, "relu", shared=False, out_dtype=self.x.dtype
         )
 
-    def library() -> Tensor:
-        return library_conv(batch, theirs, bias, None, DRAWS, geometry, "relu", shared=False, out_dtype=x.dtype)
 
-    difference = (kernel().float() - library().float()).abs().max().item()
-    return {
-        "features": configs.features(x, module.weight, DRAWS, module.groups),
-        "kernel_seconds": time(kernel),
-        "library_seconds": time(library),
-        "difference": difference,
+def tiles_for(kind: str, shape: ConvShape) -> Iterator[dict[str, int]]:
+    """Those of `TILES` that do not mostly multiply zeros."""
+    length = shape.channels * (shape.taps if shape.taps > 1 and shape.channels <= 16 else 1)
+    seen = set()
+    for tile in TILES[kind]:
+        block_k = min(tile[2], max(16, 1 << math.ceil(math.log2(length))))
+        clipped = (*tile[:2], block_k, *tile[3:])
+        if tile[1] <= max(32, shape.outputs // shape.groups) and clipped not in seen:
+            seen.add(clipped)
+            yield dict(zip(NAMES, clipped, strict=True))
+
+
+def problems(images: tuple[int, ...] = IMAGES) -> Iterator[tuple[str, nn.Conv2d, tuple[int, int, int], int]]:
+    """Name, layer, shape of its inputs and images of a draw, for the layers of all models, each shape once."""
+    seen = set()
+    for n in images:
+        for name in ARCHITECTURES:
+            for module, size in layers_of(name):
+                key = (n, size, module.weight.shape, module.stride, module.padding, module.groups)
+                if key not in seen:
+                    seen.add(key)
+                    yield name, module, size, n
+
+
+def measure(problem: Problem, kind: str) -> dict[str, Any]:
+    """A row of the configuration: the fastest tile of one kind and its seconds, and what else there is to choose: for
+    `HALF` the library, for `SIGNS` the same noise written out (`perturb_seconds`) for `HALF`.
+    """
+    tiles = list(tiles_for(kind, problem.shape))
+    times = [_time(partial(problem.ours, kind, tile)) for tile in tiles]
+    best = times.index(min(times))
+    row = {
+        "kind": kind,
+        "features": {name: round(value, 4) for name, value in configs.features(problem.shape).items()},
+        "tile": tiles[best],
+        "seconds": times[best],
     }
+    if kind == HALF:
+        row["library_seconds"] = _time(problem.library)
+        row["difference"] = (problem.ours(kind, tiles[best]).float() - problem.library().float()).abs().max().item()
+    else:
+        row["perturb_seconds"] = _time(problem.perturb)
+    return row
 
 
-def _time(run: Callable[[], Any]) -> float:
+def _time(run: Any) -> float:
     import triton.testing  # not needed to import this module
 
-    return float(triton.testing.do_bench(run, warmup=25, rep=100, return_mode="median")) / 1e3
+    # As a graph, so that what is measured is the device and not how fast Python launches small kernels.
+    return float(triton.testing.do_bench_cudagraph(run, rep=1, return_mode="median")) / 1e3
+
+
+def compile_one(index: int) -> None:
+    """Compile every tile for one of the shapes, in a process of its own; the results stay in Triton's cache."""
+    _, module, size, n = list(problems(IMAGES[:1]))[index]
+    problem = Problem(module, size, n, "cuda")
+    for kind in TILES:
+        for tile in tiles_for(kind, problem.shape):
+            problem.ours(kind, tile)
+    torch.cuda.synchronize()
+
+
+def compile_all(jobs: int) -> None:
+    """Compile what `measure` runs, on several processors."""
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(compile_one, range(len(list(problems(IMAGES[:1]))))))
 
 
 @click.command(help=__doc__)
 @click.option("--force", is_flag=True, help="Replace the device's configuration.")
-def main(force: bool) -> None:
+@click.option("--jobs", type=click.IntRange(1), default=lambda: os.cpu_count() or 1, show_default="processors",
+              help="Processes that compile.")  # fmt: skip
+def main(force: bool, jobs: int) -> None:
     """Measure, and write the configuration."""
     if not torch.cuda.is_available():
         raise click.UsageError("There is no CUDA device here. A configuration holds measurements of one.")
@@ -94,13 +214,18 @@ def main(force: bool) -> None:
     target = Path(configs.FOLDER) / f"{configs.file_name(device)}.json"
     if target.exists() and not force:
         raise click.UsageError(f"{target} exists. Replace it with --force.")
+    compile_all(jobs)
+    torch.backends.cudnn.benchmark = True  # the library at its best
     rows = []
-    for name in ARCHITECTURES:
-        for n in (16, 64, 256):
-            for module, x in layers_of(name, n):
-                row = measure(module, x.to(device="cuda", dtype=torch.bfloat16), _time)
-                click.echo(f"{name} N={n} {row['kernel_seconds']:.2e} {row['library_seconds']:.2e}")
-                rows.append(row)
+    for name, module, size, n in problems():
+        problem = Problem(module, size, n, "cuda")
+        for kind in TILES:
+            row = measure(problem, kind)
+            tile = "×".join(str(row["tile"][name]) for name in NAMES[:3])
+            other = "library_seconds" if kind == HALF else "perturb_seconds"
+            took = f"{row['seconds']:.2e} s, {other} {row[other]:.2e}"
+            click.echo(f"{name} {list(module.weight.shape)} N={n} {kind}: {tile} {took}")
+            rows.append(row)
     measured = {
         "device": device,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -3,7 +3,8 @@
 For each group of draws, layer by layer: `perturb_weight` writes the group's weights of one layer, BatchNorm folded,
 into a scratch that the next layer uses again, and one convolution or product with the draws in its grid applies them,
 with bias, residual and activation. So never more than one layer's weights of one group exist, whatever K is.
-Rademacher noise needs no scratch: its signs are expanded inside the product. Then one kernel makes scores of logits.
+Rademacher noise needs no scratch where its signs are expanded inside the product, unless writing the weights was
+measured to be faster. Then one kernel makes scores of logits.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 from smi_kernels import ops  # noqa: F401  registers torch.ops.smi_kernels
 from smi_kernels.backends.loop import score_draws
 from smi_kernels.backends.torch import Runner, plan_or_warn
-from smi_kernels.configs import fits_kernel, prefers_library
+from smi_kernels.configs import fits_kernel, prefers_library, prefers_scratch
 from smi_kernels.divergences import divergences
 from smi_kernels.epilogues import epilogues
 from smi_kernels.folding import fold
@@ -31,6 +32,7 @@ from smi_kernels.precision import plain
 from smi_kernels.request import Request, check_logits
 from smi_kernels.tracing import NotTraceable
 from smi_kernels.triton import interpreting
+from smi_kernels.triton.conv_shape import ConvShape, conv_shape
 
 SCRATCH = 32 << 20
 """Bytes of one layer's weights of a group of draws: what stays in the second-level cache of a large GPU."""
@@ -224,7 +226,7 @@ class _KernelRunner:
     def _product(self, job: _Job) -> Tensor:
         name = f"{job.step.module}.weight"
         theta, std = self.clean[name], self.perturbed.std(name) if job.moves else 0.0
-        if self._family == "rademacher" and std > 0 and fits_kernel(job.module):
+        if self._family == "rademacher" and std > 0 and self._expands_signs(job, theta):
             return self._signs(job, theta, std, name)
         weight = self._weights(job, theta, std, name)
         if isinstance(job.module, nn.Linear):
@@ -232,7 +234,7 @@ class _KernelRunner:
                 job.x, weight.squeeze(2), job.bias, job.residual, job.draws, job.epilogue, job.shared, job.out_dtype
             )
         kernel, geometry = list(theta.shape[2:]), _geometry(job.module)
-        if prefers_library(job.x, theta, job.draws, job.module):
+        if not fits_kernel(job.module) or prefers_library(job.x.device, _shape(job, theta)):
             folded = weight.unflatten(2, kernel).permute(0, 1, 4, 2, 3)
             return library_conv(
                 job.x, folded, job.bias, job.residual, job.draws, geometry, job.epilogue, shared=job.shared,
@@ -242,6 +244,13 @@ class _KernelRunner:
             job.x, weight, job.bias, job.residual, job.draws, kernel, *geometry, job.epilogue, job.shared,
             job.out_dtype,
         )  # fmt: skip
+
+    @staticmethod
+    def _expands_signs(job: _Job, theta: Tensor) -> bool:
+        """Whether Rademacher signs are expanded inside the product, and no perturbed weights are written."""
+        if isinstance(job.module, nn.Linear):
+            return True
+        return fits_kernel(job.module) and not prefers_scratch(job.x.device, _shape(job, theta))
 
     def _signs(self, job: _Job, theta: Tensor, std: float, name: str) -> Tensor:
         noise = (std, self.perturbed.tensor_id(name), job.first, job.draws, *self._seed, self.request.antithetic)
@@ -342,6 +351,13 @@ def library_conv(
         y = (y.unflatten(0, (draws, -1)) + bias[:, None, :, None, None]).flatten(0, 1)
     y = epilogues[epilogue].compute(y if residual is None else y + residual)
     return y.to(out_dtype, memory_format=torch.channels_last)
+
+
+def _shape(job: _Job, theta: Tensor) -> ConvShape:
+    stride, padding, dilation, groups = _geometry(job.module)
+    flat = torch.Size((theta.shape[0], theta[0, 0].numel(), theta.shape[1]))
+    kernel, steps, zeros, spread = ((a, b) for a, b in (theta.shape[2:], stride, padding, dilation))
+    return conv_shape(job.x, flat, job.draws, kernel, steps, zeros, spread, groups, job.shared)
 
 
 def _geometry(module: nn.Module) -> tuple[list[int], list[int], list[int], int]:

@@ -1,7 +1,7 @@
-"""Which way a convolution takes on a GPU: our kernel or the vendor's library, by a small table of measurements.
+"""What was measured on a GPU: the tile of each convolution, and whether the vendor's library is faster than ours.
 
-`default.json` is what is used on a device that has no file of its own; its `measured` says on what it was measured,
-if it was at all. ``python -m smi_kernels.tune`` measures the device at hand and writes a file for it.
+`default.json` is what is used on a device that has no file of its own: nothing was measured. ``python -m
+smi_kernels.tune`` measures the device at hand and writes a file for it.
 """
 
 from __future__ import annotations
@@ -14,9 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from smi_kernels.triton.conv_shape import ConvShape
 
 FOLDER = Path(__file__).parent
+
+HALF, SIGNS = "half", "half, signs"
+"""Kinds of convolution that are measured: perturbed weights in 16 bits, and Rademacher signs expanded in the tile."""
 
 
 @functools.cache
@@ -31,17 +36,45 @@ def file_name(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", device.lower()).strip("_")
 
 
-def features(x: Tensor, weight: Tensor, draws: int, groups: int) -> dict[str, float]:
-    """What the choice depends on: the logarithms of images, channels in and out of a group, pixels and taps."""
-    n = x.shape[0]
-    return {
-        "images": math.log2(n),
-        "channels": math.log2(weight.shape[1]),
-        "outputs": math.log2(weight.shape[0] // groups),
-        "pixels": math.log2(x.shape[2] * x.shape[3]),
-        "taps": math.log2(weight[0, 0].numel()),
-        "draws": math.log2(draws),
+def features(shape: ConvShape) -> dict[str, float]:
+    """What the choice depends on: logarithms of a draw's images, channels in and out of a group, pixels of a result and
+    taps. Not the draws, so that cutting them into groups changes no bit.
+    """
+    sizes = {
+        "images": shape.images,
+        "channels": shape.channels,
+        "outputs": shape.outputs // shape.groups,
+        "pixels": shape.result[0] * shape.result[1],
+        "taps": shape.taps,
     }
+    return {name: math.log2(size) for name, size in sizes.items()}
+
+
+@functools.lru_cache(4096)
+def nearest(device: str, shape: ConvShape, kind: str) -> dict[str, Any] | None:
+    """The measured row of this kind whose `features` are nearest (Euclidean distance); None if there is none."""
+    rows = [row for row in load(device)["convolutions"] if row["kind"] == kind]
+    own = features(shape)
+    return min(rows, key=lambda row: sum((row["features"][key] - own[key]) ** 2 for key in own), default=None)
+
+
+def _name(device: torch.device) -> str:
+    there = device.type == "cuda" and torch.cuda.is_available()  # fake tensors say cuda where there is none
+    return torch.cuda.get_device_name(device) if there else "default"
+
+
+def tuned_tile(device: torch.device, shape: ConvShape, kind: str) -> dict[str, int] | None:
+    """The fastest tile of the nearest measured shape; None where nothing was measured."""
+    row = nearest(_name(device), shape, kind)
+    return None if row is None else dict(row["tile"])
+
+
+def prefers_scratch(device: torch.device, shape: ConvShape) -> bool:
+    """Whether Rademacher noise is written out and then multiplied faster than its signs are expanded in the product."""
+    signs, half = (nearest(_name(device), shape, kind) for kind in (SIGNS, HALF))
+    if signs is None or half is None or "perturb_seconds" not in signs:
+        return False
+    return bool(half["seconds"] + signs["perturb_seconds"] < signs["seconds"])
 
 
 def fits_kernel(module: nn.Module) -> bool:
@@ -49,25 +82,13 @@ def fits_kernel(module: nn.Module) -> bool:
     return not isinstance(module, nn.Conv2d) or max(module.kernel_size) <= 32
 
 
-def prefers_library(x: Tensor, weight: Tensor, draws: int, module: nn.Module) -> bool:
-    """Whether the vendor's library is expected to be faster for a layer than our convolution.
+def prefers_library(device: torch.device, shape: ConvShape) -> bool:
+    """Whether the vendor's library is expected to be faster for a convolution than our kernel.
 
-    Groups of few channels always go to the library: ours multiplies blocks of 16 at least. For others the
-    nearest measured shape decides (Euclidean distance of `features`), and ours where nothing was measured.
-
-    Args:
-        x: input ``[draws·N or N, C, H, W]``.
-        weight: unperturbed weight ``[O, C / groups, KH, KW]``.
-        draws: draws in the group.
-        module: the `nn.Conv2d`.
+    Groups of few channels always go to the library: ours multiplies blocks of 16 at least. For others the nearest
+    measured shape decides, and ours where nothing was measured.
     """
-    assert isinstance(module, nn.Conv2d)
-    if (module.groups > 1 and weight.shape[1] < 16) or not fits_kernel(module):
+    if shape.groups > 1 and shape.channels < 16:
         return True
-    name = torch.cuda.get_device_name(x.device) if x.is_cuda else "default"
-    table = load(name)["convolutions"]
-    if not table:
-        return False
-    own = features(x, weight, draws, module.groups)
-    nearest = min(table, key=lambda row: sum((row["features"][key] - own[key]) ** 2 for key in own))
-    return bool(nearest["library_seconds"] < nearest["kernel_seconds"])
+    row = nearest(_name(device), shape, HALF)
+    return row is not None and bool(row["library_seconds"] < row["seconds"])

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from smi_kernels.configs import HALF, SIGNS, tuned_tile
 from smi_kernels.errors import InputError
 from smi_kernels.triton import (
     LOW_PRECISION,
@@ -33,13 +34,13 @@ from smi_kernels.triton.pack_signs import perturb_by_sign, rounding
 Tile = dict[str, int]
 
 _TILES: dict[str, list[tuple[int, int, Tile]]] = {
-    "half": [
+    HALF: [
         (4096, 65, {"block_m": 128, "block_o": 128, "block_k": 64, "num_warps": 8, "num_stages": 3}),
         (4096, 17, {"block_m": 128, "block_o": 64, "block_k": 64, "num_warps": 8, "num_stages": 3}),
         (1024, 17, {"block_m": 64, "block_o": 64, "block_k": 64, "num_warps": 4, "num_stages": 3}),
         (0, 0, {"block_m": 64, "block_o": 32, "block_k": 32, "num_warps": 4, "num_stages": 3}),
     ],
-    "half, signs": [  # many pixels to a weight: expanding it takes more instructions than multiplying
+    SIGNS: [  # many pixels to a weight: expanding it takes more instructions than multiplying
         (4096, 17, {"block_m": 256, "block_o": 64, "block_k": 64, "num_warps": 8, "num_stages": 3}),
         (1024, 17, {"block_m": 64, "block_o": 64, "block_k": 64, "num_warps": 4, "num_stages": 3}),
         (0, 0, {"block_m": 64, "block_o": 32, "block_k": 32, "num_warps": 4, "num_stages": 3}),
@@ -49,8 +50,8 @@ _TILES: dict[str, list[tuple[int, int, Tile]]] = {
         (0, 0, {"block_m": 32, "block_o": 32, "block_k": 32, "num_warps": 4, "num_stages": 2}),
     ],
 }
-"""Least pixels, least output channels, tile; the first that fits is taken. Chosen by registers, spills (none) and
-instructions of the compiled code, not by measurement."""
+"""Least pixels, least output channels, tile; the first that fits is taken, on a device that `smi_kernels.tune` has not
+measured. Chosen by registers, spills (none) and instructions of the compiled code."""
 
 
 @triton.jit
@@ -183,7 +184,7 @@ def conv_tile(m: int, o: int, c: int, dtype: torch.dtype, signs: bool = False) -
         block_m, block_o and block_k: powers of two from 16 on, block_k at most 64; num_warps and num_stages. A tile
         may also have weight_first = 1, to make the weights the first factor.
     """
-    kind = "float32" if dtype == torch.float32 else "half, signs" if signs else "half"
+    kind = "float32" if dtype == torch.float32 else SIGNS if signs else HALF
     tile = next(tile for least_m, least_o, tile in _TILES[kind] if m >= least_m and o >= least_o)
     return {**tile, "block_k": min(tile["block_k"], max(16, next_power_of_two(c)))}
 
@@ -221,7 +222,7 @@ def perturbed_conv(
         epilogue: a ``@triton.jit`` function from a float32 block to a float32 block.
         shared: every draw sees the same images.
         out_dtype: of the result; None: x's.
-        tile: instead of `conv_tile`'s.
+        tile: instead of the tuned one, or of `conv_tile`'s where nothing was tuned.
 
     Returns:
         ``[draws·N, O, OH, OW]``, channels_last. One draw of x or of the result has fewer than 2³¹ elements.
@@ -276,7 +277,7 @@ def perturbed_conv_signs(
         epilogue: a ``@triton.jit`` function from a float32 block to a float32 block.
         shared: every draw sees the same images.
         out_dtype: of the result; None: x's.
-        tile: instead of `conv_tile`'s.
+        tile: as for `perturbed_conv`.
 
     Returns:
         ``[draws·N, O, OH, OW]``, channels_last.
@@ -328,6 +329,8 @@ def _launch(
     per_group = shape.outputs // shape.groups
     merged = shape.taps > 1 and shape.channels <= 16
     length = shape.channels * (shape.taps if merged else 1)
+    kind = "float32" if x.dtype == torch.float32 else SIGNS if signs is not None else HALF
+    tile = tile or tuned_tile(x.device, shape, kind)
     tile = tile or conv_tile(shape.pixels, per_group, length, x.dtype, signs is not None)
     tiles = -(-shape.pixels // tile["block_m"]) * -(-per_group // tile["block_o"])
     with on_device(x), writable(y) as out:

@@ -284,10 +284,11 @@ def peak(model, images, k, **options):
 
 @pytest.mark.parametrize("family", ["gaussian", "rademacher", "flipout"])
 def test_memory_does_not_grow_with_k(resnet, images, family, monkeypatch):
-    """Draws are run in groups; with room for 8 of them, 64 take no more."""
+    """Draws are run in groups; with room for 8 of them, 64 take no more than 16: two groups, because in the second the
+    scratch has its full size from the start."""
     monkeypatch.setattr(triton_backend, "ACTIVATIONS", 8 * 4 * 3 * len(images) * 32 * 32 * 64)
-    few, many = (peak(resnet, images, k, family=family) for k in (8, 64))
-    assert many <= 1.2 * few
+    few, many = (peak(resnet, images, k, family=family) for k in (16, 64))
+    assert many <= 1.05 * few
 
 
 def test_gradient(resnet, images):
