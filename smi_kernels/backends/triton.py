@@ -250,7 +250,9 @@ class _KernelRunner:
         """Whether Rademacher signs are expanded inside the product, and no perturbed weights are written."""
         if isinstance(job.module, nn.Linear):
             return True
-        return fits_kernel(job.module) and not prefers_scratch(job.x.device, _shape(job, theta))
+        if not fits_kernel(job.module) or job.x.dtype == torch.float32:  # what was measured is 16 bits
+            return fits_kernel(job.module)
+        return not prefers_scratch(job.x.device, _shape(job, theta))
 
     def _signs(self, job: _Job, theta: Tensor, std: float, name: str) -> Tensor:
         noise = (std, self.perturbed.tensor_id(name), job.first, job.draws, *self._seed, self.request.antithetic)

@@ -357,6 +357,22 @@ def test_bfloat16(small, family):
     assert not torch.equal(found, ours(small, **options))
 
 
+def test_signs_written_out_agree(small, monkeypatch):
+    """Where that was measured to be faster, Rademacher noise goes through the scratch as other noise does."""
+    options = JOINT | {"family": "rademacher", "dtype": "bfloat16"}
+    expected = exact(small, **JOINT | {"family": "rademacher"})
+    calls = []
+    signs = triton_backend._KernelRunner._signs
+    monkeypatch.setattr(triton_backend._KernelRunner, "_signs", lambda *a: calls.append(1) or signs(*a))
+    expanded = ours(small, **options)
+    before = len(calls)
+    monkeypatch.setattr(triton_backend, "prefers_scratch", lambda *a: True)
+    written = ours(small, **options)
+    assert len(calls) - before < before  # what is left are linear layers
+    for found in (expanded, written):
+        assert ((found - expected).abs() <= 5e-2 * expected + 1e-5).all()
+
+
 def test_the_library_agrees_and_shares_the_epilogue(small, monkeypatch):
     calls = []
     library = triton_backend.library_conv
