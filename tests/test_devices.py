@@ -3,6 +3,10 @@
 The device is a stand-in (`elsewhere`) with the arithmetic of the CPU, so that results are equal to the bit.
 """
 
+import json
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from elsewhere import Away, elsewhere
@@ -10,6 +14,7 @@ from test_unfinished import DEFENSES, METHODS, PUBLIC, SAMPLES
 from tiny import TinyPrior, coded_set, noise, tiny_model
 
 from smi.attacks import BadNets
+from smi.checks import device_of
 from smi.classifiers import TrainConfig, train_classifier
 from smi.compute import precision, predict
 from smi.defenses import ANP, CLP, FTSAM, IBAU, NAD, FinePrune, Published, ibau_robust
@@ -20,6 +25,7 @@ from smi.evaluation import Evaluator
 from smi.gan import PriorConfig, fit_prior
 from smi.inversion import invert
 from smi.stability import Selection, features, score_samples
+from smi.study import load_study, stages
 from smi_kernels import stability_scores
 
 FAST = Schedule(rounds=2, batch_size=8, distill=1.0)
@@ -131,6 +137,68 @@ def test_training_a_classifier(there):
     config = TrainConfig(epochs=1, batch_size=4)
     away = train_classifier(data, config, device=there)
     assert same(away, train_classifier(data, config))
+
+
+STUDY = """
+seeds = [1]
+per_class = 2
+attacks = ["{attack}"]
+
+[train]
+epochs = 1
+batch_size = 16
+augment = "none"
+
+[domain."{folder}/set.npz"]
+public = "{folder}/public.npz"
+prior = "digits"
+
+[attack.input_aware]
+mask_steps = 3
+
+[defense.ft.schedule]
+rounds = 1
+batch_size = 4
+
+[[grid]]
+sources = ["{source}"]
+defenses = ["ft"]
+"""
+
+
+@pytest.mark.parametrize(("attack", "source"), [("badnets", "clean"), ("trojan_watermark", "public"),
+                                                ("label_consistent", "clean"), ("input_aware", "random")])  # fmt: skip
+def test_a_study(there, tmp_path, monkeypatch, attack, source):
+    """Victim, samples and removal are made on the device of the store, and are what they are on the CPU."""
+    pixels = (noise(36, 8, 8) * 255).to(torch.uint8).repeat(1, 4, 4)
+    data = {
+        "x_train": pixels[:24],
+        "y_train": torch.arange(24) % 3,
+        "x_test": pixels[24:],
+        "y_test": torch.arange(12) % 3,
+    }
+    np.savez(tmp_path / "set.npz", **{name: value.numpy() for name, value in data.items()})
+    np.savez(tmp_path / "public.npz", x_train=255 - data["x_train"].numpy())
+    (tmp_path / "study.toml").write_text(STUDY.format(folder=tmp_path, attack=attack, source=source))
+    (cell,) = load_study(tmp_path / "study.toml").cells
+    seen = []
+    measure, make = Evaluator.measure, stages.make_samples
+    monkeypatch.setattr(Evaluator, "measure", lambda self, m: seen.append(device_of(m).type) or measure(self, m))
+    monkeypatch.setattr(stages, "make_samples", lambda s, g: seen.append(device_of(g.model).type) or make(s, g))
+    made = {}
+    for device in (there.type, "cpu"):
+        store = stages.Store(tmp_path / device, tmp_path / device / "cache", device)
+        store.results.mkdir()
+        victim = stages.make_victim(cell, store)
+        samples = stages.make_cell_samples(cell, store, victim, "digits" if cell.needs_prior else None)
+        record = json.loads(Path(stages.run_cell(cell, store, victim, samples)).read_text())
+        assert record["versions"].get("device") == (None if device == "cpu" else device)
+        tensors = stages.load_tensors(victim, "victim")[0] | stages.load_tensors(samples, "samples")[0]
+        made[device] = tensors, record["before"], record["after"]
+    assert seen == [there.type] * 3 + ["cpu"] * 3
+    (away, *measured_away), (here, *measured_here) = made.values()
+    assert measured_away == measured_here
+    assert all(torch.equal(value, here[name]) for name, value in away.items())
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])

@@ -100,7 +100,7 @@ class LabelConsistent(CleanLabel):
                 moved.requires_grad_()
                 noisy = moved + self.noise * lit * torch.randn(images.shape, generator=rng)
                 shown = random_affine(noisy, rng, degrees=8, shift=2, zoom=0.08)
-                (gradient,) = torch.autograd.grad(F.cross_entropy(run(shown), labels, reduction="sum"), moved)
+                (gradient,) = torch.autograd.grad(F.cross_entropy(run(shown).cpu(), labels, reduction="sum"), moved)
                 moved = moved.detach() + 2.5 * self.eps / self.steps * gradient.sign()
                 moved = torch.minimum(torch.maximum(moved, low), high)
         return moved

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from smi.attacks.base import Attack
-from smi.checks import check_model, check_number
+from smi.checks import check_model, check_number, device_of
 from smi.compute import fast, frozen
 from smi.domains.base import PrivateSet
 from smi.errors import InputError
@@ -65,7 +65,7 @@ def _head(model: nn.Module, images: Tensor) -> nn.Linear:
         if isinstance(module, nn.Linear)
     ]
     with torch.no_grad():
-        logits = model(images)
+        logits = model(images.to(device_of(model)))
     for hook in hooks:
         hook.remove()
     if not ran or ran[-1][1].ndim != 2 or not torch.equal(ran[-1][2], logits):
