@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from typing import Any
 
@@ -150,9 +151,27 @@ def test_natural_radius_scales_with_the_data_and_is_not_moved_by_one_backdoored_
     radius = {}
     for name, model in (("clean", Thirds()), ("backdoored", PatchBackdoor())):
         with fast(model) as run:
-            radius[name] = natural_radius(run, s.images, s.labels, 3, goal=0.5, steps=8, rng=rng(2))
+            radius[name], _ = natural_radius(run, s.images, s.labels, 3, goal=0.5, steps=8, rng=rng(2))
     assert 0.02 * data_scale(s.images) < radius["clean"] <= 1.2 * 1.15 * data_scale(s.images)
     assert radius["backdoored"] == pytest.approx(radius["clean"], rel=0.35)
+
+
+@pytest.mark.parametrize(("needed", "taken"), [(4, 4), (5, 12), (12, 12), (13, 36), (99, 36)])
+def test_where_few_steps_reach_no_class_it_takes_more_and_all_searches_do(monkeypatch, needed: int, taken: int) -> None:
+    asked = []
+
+    def lazy(*given: Any, steps: int, **settings: Any) -> torch.Tensor:
+        asked.append(steps)
+        return universal(*given, steps=steps, **settings) * (steps >= needed)
+
+    for module in (sys.modules[natural_radius.__module__], ibau_robust):
+        monkeypatch.setattr(module, "universal", lazy)
+    monkeypatch.setattr(ibau_robust, "_radii", OrderedDict())
+    model = tiny_model()  # each class is reached in few steps
+    adversary = _Adversary(Robust(steps=4, images=20), model, samples(60), None, rng())
+    assert adversary.steps == taken == asked[-1]
+    adversary.search(model, torch.arange(3), 1.0)
+    assert asked[-1] == taken
 
 
 def test_concentrate_keeps_norm_and_strongest_pixels() -> None:
@@ -221,9 +240,9 @@ def test_the_radius_is_that_of_public_images_whatever_the_samples_are() -> None:
 
 
 def test_a_second_repair_of_one_suspect_asks_for_no_second_radius_and_is_the_same(monkeypatch) -> None:
-    asked: list[float] = []
+    asked: list[tuple[float, int]] = []
 
-    def counted(*given: Any, **settings: Any) -> float:
+    def counted(*given: Any, **settings: Any) -> tuple[float, int]:
         asked.append(natural_radius(*given, **settings))
         return asked[-1]
 
@@ -260,6 +279,17 @@ def test_what_is_unlearned_reaches_beyond_the_natural_radius_and_what_is_shown_d
     lengths.clear()
     Robust(schedule=QUICK, reach=2.5, radius=0.7).solve(Learned(), thirds(60), None, 0)
     assert max(lengths) == pytest.approx(0.7, rel=0.05)
+
+
+@pytest.mark.parametrize(("classes", "targets"), [(14, 2), (9, 20)])
+def test_every_class_has_a_perturbation_within_two_rounds(classes: int, targets: int) -> None:
+    config = Robust(radius=2.0, steps=2, images=8, targets=targets)
+    model, s = tiny_model(classes=classes), samples(60, classes=classes)
+    adversary = _Adversary(config, model, s, None, rng())
+    for index in range(2):
+        adversary.before_round(model, index)
+        searched = (adversary.delta.flatten(1).norm(dim=1) > 0).sum()
+        assert searched == (classes + 1 if index or targets > classes else 8)
 
 
 def test_public_images_are_stamped_with_the_suspects_labels(monkeypatch) -> None:

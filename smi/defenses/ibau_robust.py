@@ -47,10 +47,10 @@ class Robust:
 
     goal: share that fixes the `natural_radius`, of public images, or of the samples where there are none. reach: C as a
     multiple of it. radius: C itself, L2 norm of pixels in [0, 1], instead of that rule. stamped: share of each batch
-    that carries a δ. public: public images stamped for each stamped sample. steps: ascent steps for a δ. images:
-    samples that a δ is searched on. targets: δ's renewed at a time; with more classes than that, those that fooled most
-    when last tried. begin: share of the rounds, in [0, 1], before δ's are stamped. renew: rounds from one search for
-    δ's to the next.
+    that carries a δ. public: public images stamped for each stamped sample. steps: ascent steps for a δ; more where
+    `natural_radius` finds them too few. images: samples that a δ is searched on. targets: δ's renewed at a time, or
+    half of them where that is more; those that fooled most when last tried. begin: share of the rounds, in [0, 1],
+    before δ's are stamped. renew: rounds from one search for δ's to the next.
     """
 
     schedule: Schedule = field(default_factory=lambda: Schedule(rounds=12, lr=3e-3, batch_size=30, distill=80.0))
@@ -123,6 +123,7 @@ class Robust:
             "loss": curve,
             "fooling": adversary.curve,
             "radius": adversary.natural,
+            "steps": adversary.steps,
             "fooling_before": first["rates"].tolist(),
             "fooling_after": after["rates"].tolist(),
         }
@@ -156,13 +157,13 @@ class _PseudoLabelled:
         return images, ask(self._suspect, images).argmax(1)
 
 
-_radii: OrderedDict[tuple[object, ...], tuple[float, Tensor]] = OrderedDict()
+_radii: OrderedDict[tuple[object, ...], tuple[float, int, Tensor]] = OrderedDict()
 _RADII_KEPT = 64
 
 
 def _remembered_radius(
     suspect: nn.Module, images: Tensor, labels: Tensor, classes: int, config: Robust, rng: torch.Generator
-) -> float:
+) -> tuple[float, int]:
     """`natural_radius`, searched once for one question: it is a third of a repair, and the next repair asks it again.
 
     The question is the model's tensors and its answers, the images, the settings and where ``rng`` stands; what is
@@ -174,12 +175,12 @@ def _remembered_radius(
     if key not in _radii:
         with fast(suspect) as run:
             found = natural_radius(run, images, labels, classes, goal=config.goal, steps=config.steps, rng=rng)
-        _radii[key] = found, rng.get_state()
+        _radii[key] = *found, rng.get_state()
         if len(_radii) > _RADII_KEPT:
             _radii.popitem(last=False)
-    radius, after = _radii[key]
+    radius, steps, after = _radii[key]
     rng.set_state(after)
-    return radius
+    return radius, steps
 
 
 class _Adversary:
@@ -195,10 +196,12 @@ class _Adversary:
         self.curve: list[float] = []
         self.first = round(config.begin * config.schedule.rounds)
         self.awake = False  # from round ``first`` on
-        self.natural = self._natural_radius(model, public) if config.radius is None else config.radius
+        self.natural, self.steps = (
+            self._natural_radius(model, public) if config.radius is None else (config.radius, config.steps)
+        )
         self.radius = self.natural * config.reach if config.radius is None else config.radius
 
-    def _natural_radius(self, model: nn.Module, public: PublicImages | None) -> float:
+    def _natural_radius(self, model: nn.Module, public: PublicImages | None) -> tuple[float, int]:
         suspect, count = frozen(model), 2 * self.config.images
         if public is None:
             images, labels = self._draw(count)
@@ -209,10 +212,11 @@ class _Adversary:
 
         def found() -> Tensors:
             classes = self.samples.num_classes
-            radius = _remembered_radius(suspect, images, labels, classes, self.config, self.rng)
-            return {"radius": torch.tensor(radius, dtype=torch.float64)}
+            radius, steps = _remembered_radius(suspect, images, labels, classes, self.config, self.rng)
+            return {"radius": torch.tensor(radius, dtype=torch.float64), "steps": torch.tensor(steps)}
 
-        return float(current().once("radius", self.rng, found)["radius"])
+        answer = current().once("radius", self.rng, found)
+        return float(answer["radius"]), int(answer["steps"])
 
     def state(self) -> Tensors:
         """The δ's, how they fool, and the curve of that."""
@@ -229,9 +233,7 @@ class _Adversary:
         images, labels = self._draw(2 * self.config.images)
         half = len(images) // 2 or 1
         with fast(frozen(model)) as run:
-            delta = universal(
-                run, images[:half], labels[:half], targets, radius=radius, steps=self.config.steps, rng=self.rng
-            )
+            delta = universal(run, images[:half], labels[:half], targets, radius=radius, steps=self.steps, rng=self.rng)
             held, called = images[half:], labels[half:]
             rates = fooling_rate(run, held, called, targets, delta)
             shorter = into_ball(delta, self.natural)
@@ -243,7 +245,11 @@ class _Adversary:
         if not self.awake or (index - self.first) % self.config.renew:
             return
         tie = torch.rand(len(self.rates), generator=self.rng) * 1e-3
-        chosen = (self.rates + tie).argsort(descending=True)[: self.config.targets]
+        order, count = self.rates + tie, self.config.targets
+        if 2 * count < len(order):  # each has its turn within two rounds: a δ that was never searched for is zero
+            count = math.ceil(len(order) / 2)
+            order += (self.delta == 0).flatten(1).all(1)
+        chosen = order.argsort(descending=True)[:count]
         found = self.search(model, self.classes[chosen], self.radius)
         self.delta[chosen], self.rates[chosen] = found["delta"], found["rates"]
         self.curve.append(found["natural"].max().item())  # at C a sound model is fooled as well

@@ -108,12 +108,15 @@ def data_scale(images: Tensor) -> float:
 
 def natural_radius(
     run: Runner, images: Tensor, labels: Tensor, num_classes: int, *, goal: float, steps: int, rng: torch.Generator
-) -> float:
-    """The radius at which a universal δ reaches the *median* class from a share ``goal`` of the other classes' images.
+) -> tuple[float, int]:
+    """The radius at which a universal δ reaches the *median* class from a share ``goal`` of the other classes' images,
+    and the ascent steps that it took.
 
     A backdoor makes a few classes easy to reach; the median class is as hard to reach as the data make it, on digits
     as on photographs. So this is a radius for the inner problem in the data's own scale, found from the suspect model
-    and samples alone. Bisection over 1.15-fold steps from 2 % to 120 % of `data_scale`.
+    and samples alone. Bisection over 1.15-fold steps from 2 % to 120 % of `data_scale`. Where not even the largest
+    reaches it, ``steps`` are too few for this model, and it is searched with three times as many, then nine (seen on
+    43 traffic signs in colour: at one radius 5 % with 5 steps, 57 % with 15, 75 % with 40).
     """
     scale = data_scale(images)
     grid = [0.02 * scale]
@@ -122,10 +125,13 @@ def natural_radius(
     targets = torch.arange(num_classes)
     if num_classes > 20:
         targets = torch.randperm(num_classes, generator=rng)[:20]
-    low, high = 0, len(grid) - 1
-    while low < high:
-        middle = (low + high) // 2
-        delta = universal(run, images, labels, targets, radius=grid[middle], steps=steps, rng=rng)
-        reached = fooling_rate(run, images, labels, targets, delta).median() >= goal
-        low, high = (low, middle) if reached else (middle + 1, high)
-    return grid[low]
+    for tried in (steps, 3 * steps, 9 * steps):
+        low, high = 0, len(grid) - 1
+        while low < high:
+            middle = (low + high) // 2
+            delta = universal(run, images, labels, targets, radius=grid[middle], steps=tried, rng=rng)
+            reached = fooling_rate(run, images, labels, targets, delta).median() >= goal
+            low, high = (low, middle) if reached else (middle + 1, high)
+        if low < len(grid) - 1:
+            break
+    return grid[low], tried
