@@ -26,7 +26,6 @@ ROWS = {
 
 REMOVALS = {
     "ibau": "I-BAU",
-    "ibau_restarted": "I-BAU, restarted",
     "ft": "fine-tuning",
     "anp": "ANP",
     "clp": "CLP",
@@ -124,6 +123,18 @@ def test_what_the_readme_says_of_the_study() -> None:
     said.append(f"{100 * of_seed[20]:.1f} there and {100 * everything['der']:.1f} over all")
     text = " ".join((ROOT / "README.md").read_text().split())
     assert [words for words in said if words not in text] == []
+
+
+def test_what_the_readme_says_of_colour() -> None:
+    rows = read_rows(load_study("gtsrb"), Store(ROOT / "notebooks/results/gtsrb", ROOT / "no cache"))
+    found = {
+        (row["attack"], row["source"]): [f"{100 * row[name]:.1f}" for name in ("asr_before", "asr")] for row in rows
+    }
+    assert len(found) == 3
+    text = " ".join((ROOT / "README.md").read_text().split())
+    before, after = found["badnets", "clean"]
+    assert f"takes BadNets from {before} to {after} %, but leaves {found['blended', 'clean'][1]} %" in text
+    assert f"CLP {found['blended', 'none'][1]} %" in text
 
 
 def test_what_the_readme_says_of_detection() -> None:

@@ -43,14 +43,15 @@ def test_keys_depend_on_the_configuration_alone(small, tmp_path):
 
 
 def test_the_shipped_studies_load():
-    assert shipped() == ["cifar10", "digits", "distillation", "gtsrb", "quick"]
+    assert shipped() == ["cifar10", "digits", "distillation", "gtsrb", "quick", "restarted"]
     digits = load_study("digits")
-    assert len(digits) == 12 * 3 * (9 + 6 + 1)
+    assert len(digits) == 12 * 3 * (9 + 4 + 1)
     assert min(cell.seed for cell in digits.cells) == 20
     assert max(cell.seed for cell in digits.cells) < 100, "seeds from 100 up are for development"
-    alone = load_study("distillation")
-    assert {cell.samples_key for cell in alone.cells} < {cell.samples_key for cell in digits.cells}
-    assert not {cell.key for cell in alone.cells} & {cell.key for cell in digits.cells}
+    for name in ("distillation", "restarted"):
+        other = load_study(name)
+        assert {cell.samples_key for cell in other.cells} < {cell.samples_key for cell in digits.cells}
+        assert not {cell.key for cell in other.cells} & {cell.key for cell in digits.cells}
     for name, per_class in (("gtsrb", 12), ("cifar10", 50)):
         colour = load_study(name)
         assert len(colour) == 4 * 3 * (6 + 1)
