@@ -10,6 +10,7 @@ dask-jobqueue:
         job_extra_directives=["--gres=gpu:1"], worker_extra_args=["--resources GPU=1"],
     )
     cluster.scale(jobs=8)
+    store = Store(Path("/shared/results"), Path("/shared/cache"), device="cuda")  # where the workers run models
     run_study(study, store, scheduler=cluster.scheduler_address, resource="GPU")
 
 Kubernetes, by dask-kubernetes and its operator; a volume of the claim "shared" holds the files:
