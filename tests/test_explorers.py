@@ -9,6 +9,7 @@ from tiny import TinyPrior, noise, tiny_model
 
 from smi.attacks import BadNets
 from smi.classifiers import build_classifier
+from smi.compute import predict
 from smi.domains.base import PrivateSet, Samples
 from smi.errors import InputError
 from smi.explorers import (
@@ -162,7 +163,7 @@ def test_two_scorings_agree_more_with_more_draws(samples):
     many = explorer.compute(sigma_x=0.1, sigma_w=0.1, k=64, family="gaussian")
     assert few.agreement < many.agreement <= 1
     assert not torch.equal(many.first, many.second)
-    certain = model(samples.images).softmax(1).gather(1, samples.labels[:, None])[:, 0]
+    certain = predict(model, samples.images).softmax(1).gather(1, samples.labels[:, None])[:, 0]
     assert torch.allclose(many.certainty, certain, atol=1e-3)
     other = explorer.compute(sigma_x=0.1, sigma_w=0.1, k=64, family="rank1")
     assert not torch.equal(many.first, other.first)

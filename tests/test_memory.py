@@ -12,7 +12,7 @@ from test_unfinished import DEFENSES, SAMPLES, stop_at
 from tiny import TinyPrior, noise, tiny_model
 from torch import nn
 
-from smi.compute import fast, predict
+from smi.compute import fast, precision, predict
 from smi.defenses import FineTune
 from smi.defenses.base import Schedule, following
 from smi.defenses.universal import AWAY, universal
@@ -144,7 +144,8 @@ def test_a_few_samples_and_one_that_does_not_fit():
 @pytest.mark.filterwarnings("ignore:out of memory")
 def test_removal_in_smaller_parts_is_the_same_removal():
     defense = FineTune(schedule=Schedule(rounds=2, batch_size=8, distill=0.0))
-    whole, parts = (defense.repair(model, SAMPLES, seed=1) for model in (Small(100), Small(3)))
+    with precision("float32"):  # in bfloat16 each part is rounded
+        whole, parts = (defense.repair(model, SAMPLES, seed=1) for model in (Small(100), Small(3)))
     for name, value in whole.model.state_dict().items():
         assert torch.allclose(value, parts.model.state_dict()[name], atol=1e-5), name
     assert whole.log["loss"] == pytest.approx(parts.log["loss"], abs=1e-5)

@@ -121,6 +121,16 @@ def test_what_the_readme_says_of_the_study() -> None:
     assert max(of_seed, key=of_seed.__getitem__) == 20
     everything = summarise([row for row in ibau if row["source"] == "clean"], ("source",))[0]
     said.append(f"{100 * of_seed[20]:.1f} there and {100 * everything['der']:.1f} over all")
+    again = from_csv((ROOT / "notebooks/results/digits_again.csv").read_text())
+    late = [row for row in ibau if row["seed"] > 20]
+    clean = [summarise([r for r in rows if r["source"] == "clean"], ("source",))[0]["der"] for rows in (again, late)]
+    said.append(f"clean samples {100 * clean[0]:.1f} there, {100 * clean[1]:.1f} before")
+    same = again + [r for r in ibau if r["source"] == "input" or (r["seed"] == 20 and r["source"] in ("clean", "smi"))]
+    ahead, behind = compare(same, "input", "smi"), compare(same, "clean", "input")
+    assert ahead.cells == behind.cells == 36
+    for found, words in ((ahead, "ahead of SMI by {:.1f}"), (behind, "({:.1f} below")):
+        said.append(words.format(100 * found.mean))
+        said.append(f"{100 * found.low:.1f} to {100 * found.high:.1f})".replace("-", "−"))
     text = " ".join((ROOT / "README.md").read_text().split())
     assert [words for words in said if words not in text] == []
 
