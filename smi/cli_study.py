@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -73,8 +74,6 @@ def run(
       dask worker tcp://HOST:8786 --nthreads 1 --resources "GPU=1"
       smi study digits --scheduler tcp://HOST:8786 --resource GPU --device cuda
     """
-    from dataclasses import replace
-
     from smi.study import run_study
     from smi.study.results import errors, status as count
 
