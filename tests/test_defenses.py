@@ -16,7 +16,7 @@ from smi.attacks import BadNets
 from smi.augment import vary
 from smi.compute import fast, frozen
 from smi.defenses import IBAU, FineTune, Published, Restarted, Robust, Schedule, defenses, ibau_robust
-from smi.defenses.base import Distillation, _warm_cosine
+from smi.defenses.base import Distillation, _warm_cosine, recognised
 from smi.defenses.channels import watch
 from smi.defenses.ibau_robust import _Adversary, _PseudoLabelled
 from smi.defenses.restart import TrustedLabels, forget
@@ -136,6 +136,25 @@ def test_the_search_from_noise_finds_a_patch_that_ascent_from_zero_cannot() -> N
         (gradient,) = torch.autograd.grad(loss, at_zero)
     assert gradient[0, 0, 7:, 7:].abs().max() == 0, "the corner must be dead at zero, or this test shows nothing"
     assert corner > 0.3
+
+
+def test_public_images_count_only_where_the_suspect_recognises_something_in_them() -> None:
+    images, seen = samples(40).images, PublicImages(samples(40).images)
+    sure, unsure = tiny_model(), tiny_model()
+    with torch.no_grad():
+        for model, scale in ((sure, 1e3), (unsure, 0.0)):  # of the logits
+            last = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)][-1]
+            last.weight *= scale
+            last.bias *= 0
+    assert recognised(sure, seen) is seen
+    assert recognised(unsure, seen) is None
+    assert recognised(sure, None) is None
+    for model, asked in ((sure, 80), (unsure, 40)):
+        shown: list[int] = []
+        hook = model.register_forward_pre_hook(lambda _, given, shown=shown: shown.append(len(given[0])))
+        Distillation(model, seen, rng(0))(model, images)
+        hook.remove()
+        assert shown[-1] == asked
 
 
 def test_natural_radius_scales_with_the_data_and_is_not_moved_by_one_backdoored_class() -> None:

@@ -9,7 +9,8 @@ pixels (a patch comes out of an L2 search with noise around it); C comes from pu
 stability are hard to fool and would ask for another C each time, and is a multiple of their `natural_radius`, because
 a δ no stronger than needed stays weaker than the trigger (on one plain CNN unlearning such δ's left two thirds of
 a patch); as many public images are stamped, with the suspect's labels; clean behaviour is held by distillation on
-unstamped samples and public images, so that accuracy costs little; and the outer gradient is first-order: δ is found
+unstamped samples and public images, so that accuracy costs little (neither is done with public images in which the
+suspect recognises nothing, see `recognised`); and the outer gradient is first-order: δ is found
 afresh, so that nothing implicit is left to follow. For what no δ resembles there is `smi/defenses/ibau_restarted.py`.
 """
 
@@ -28,7 +29,7 @@ from torch.nn import functional as F
 from smi.augment import vary
 from smi.checks import check_number, device_of
 from smi.compute import Runner, fast, frozen, predict
-from smi.defenses.base import Distillation, Schedule, ask, train_repair
+from smi.defenses.base import Distillation, Schedule, ask, recognised, train_repair
 from smi.defenses.universal import AWAY, concentrate, fooling_rate, into_ball, natural_radius, universal
 from smi.domains.base import PublicImages, Samples
 from smi.files import fingerprint
@@ -96,7 +97,8 @@ class Robust:
         classes = torch.arange(samples.num_classes)
         first = current().once("search", inner, lambda: adversary.search(model, classes, adversary.natural))
         hold = self._hold(model, public, held)
-        more = _PseudoLabelled(model, public, shared) if public is not None and self.public else None
+        known = recognised(frozen(model), public) if self.public else None
+        more = _PseudoLabelled(model, known, shared) if known is not None else None
 
         def loss(run: Runner, images: Tensor, labels: Tensor) -> Tensor:
             if not adversary.awake:
