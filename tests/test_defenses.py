@@ -157,6 +157,16 @@ def test_public_images_count_only_where_the_suspect_recognises_something_in_them
         assert shown[-1] == asked
 
 
+def test_ibau_stamps_public_images_only_where_the_suspect_recognises_something(monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr(ibau_robust, "recognised", lambda model, public: asked.append(public))
+    monkeypatch.setattr(ibau_robust, "_PseudoLabelled", None)  # calling it would fail
+    seen = PublicImages(samples(40).images)
+    solver = Robust(radius=1.0, schedule=Schedule(rounds=1))
+    IBAU(solver=solver).repair(tiny_model(), samples(40), seen)
+    assert asked == [seen]
+
+
 def test_natural_radius_scales_with_the_data_and_is_not_moved_by_one_backdoored_class() -> None:
     s = thirds(60)
 
