@@ -321,6 +321,38 @@ def test_every_class_has_a_perturbation_within_two_rounds(classes: int, targets:
         assert searched == (classes + 1 if index or targets > classes else 8)
 
 
+@pytest.mark.parametrize(("classes", "share"), [(14, 1 / (1 + 14 * 0.1**2)), (8, 1 / 9)])
+def test_of_many_classes_those_that_stand_out_at_the_natural_radius_are_stamped(classes, share, monkeypatch) -> None:
+    def search(self, model: nn.Module, targets: torch.Tensor, radius: float) -> dict[str, torch.Tensor]:
+        found = ((targets + 2) / 100).view(-1, 1, 1, 1).expand(-1, 1, 8, 8)
+        natural = torch.where(targets == 3, 1.0, 0.1)
+        return {"delta": found, "rates": torch.ones(len(targets)), "natural": natural}
+
+    monkeypatch.setattr(_Adversary, "search", search)
+    monkeypatch.setattr(ibau_robust, "concentrate", lambda delta, share: delta)
+    config, model = Robust(radius=2.0, targets=6 if classes == 14 else classes), tiny_model(classes=classes)
+    adversary = _Adversary(config, model, samples(60, classes=classes), None, rng())
+    for index in range(2):
+        adversary.before_round(model, index)
+    stamped = adversary.stamp(torch.zeros(4000, 1, 8, 8))[:, 0, 0, 0]
+    assert (stamped == 0.05).float().mean().item() == pytest.approx(share, abs=0.03)
+    assert len(stamped.unique()) == classes + 1, "the others have their share"
+
+
+@pytest.mark.parametrize(("classes", "share"), [(11, 1.0), (23, 0.5)])
+def test_clean_behaviour_is_held_less_firmly_where_more_perturbations_are_stamped(classes, share, monkeypatch) -> None:
+    weights = []
+
+    def clean(self, run, hold, weight: float, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        weights.append(weight)
+        return F.cross_entropy(run(images), labels)
+
+    monkeypatch.setattr(Robust, "_clean", clean)
+    schedule = Schedule(rounds=1, distill=8.0)
+    Robust(schedule=schedule, radius=0.1, steps=1).solve(tiny_model(classes=classes), samples(48, classes), None, 0)
+    assert set(weights) == {8.0 * share}
+
+
 def test_public_images_are_stamped_with_the_suspects_labels(monkeypatch) -> None:
     s, public = samples(80), PublicImages(torch.ones(9, 1, 8, 8))
     seen = []

@@ -11,7 +11,7 @@ from study_pieces import SMALL
 from tiny import noise
 
 from smi.cli import cli
-from smi.domains import Domain, PrivateData, PrivateSet, PublicImages
+from smi.domains import Domain, PrivateData, PrivateSet, PublicImages, public_classes
 from smi.errors import InputError
 from smi.files import load_tensors
 from smi.study import Store, load_study, read_rows, run_study, stages, summarise
@@ -43,7 +43,7 @@ def test_keys_depend_on_the_configuration_alone(small, tmp_path):
 
 
 def test_the_shipped_studies_load():
-    assert shipped() == ["cifar10", "digits", "distillation", "gtsrb", "quick", "restarted"]
+    assert shipped() == ["cifar10", "digits", "distillation", "gtsrb", "quick", "resnet18", "restarted"]
     digits = load_study("digits")
     assert len(digits) == 12 * 3 * (9 + 4 + 1)
     assert min(cell.seed for cell in digits.cells) == 20
@@ -52,12 +52,17 @@ def test_the_shipped_studies_load():
         other = load_study(name)
         assert {cell.samples_key for cell in other.cells} < {cell.samples_key for cell in digits.cells}
         assert not {cell.key for cell in other.cells} & {cell.key for cell in digits.cells}
-    for name, per_class in (("gtsrb", 12), ("cifar10", 50)):
+    for name, domain, cells, per_class in (
+        ("gtsrb", "gtsrb", 4 * 3 * (6 + 1), 12), ("cifar10", "cifar10", 4 * 3 * (6 + 1), 50),
+        ("resnet18", "cifar10", 4 * (2 + 1), 50),
+    ):  # fmt: skip
         colour = load_study(name)
-        assert len(colour) == 4 * 3 * (6 + 1)
+        assert len(colour) == cells
         (place,) = {cell.place for cell in colour.cells}
-        assert (place.domain, place.public, place.prior) == (f"data/{name}.npz", "data/natural.npz", "fit")
-        assert {cell.per_class for cell in colour.cells} == {per_class}  # about 500 images for 43 classes as for 10
+        assert (place.domain, place.prior) == (f"data/{domain}.npz", "fit")
+        labels = public_classes(place.public)
+        assert labels is None if domain == "cifar10" else (len(labels) == 14 and 0 not in labels)
+        assert {cell.per_class for cell in colour.cells} == {per_class}
 
 
 def test_a_place_keeps_its_paths_as_they_are_written(small, tmp_path, monkeypatch):

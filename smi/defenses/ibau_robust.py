@@ -11,7 +11,15 @@ a δ no stronger than needed stays weaker than the trigger (on one plain CNN unl
 a patch); as many public images are stamped, with the suspect's labels; clean behaviour is held by distillation on
 unstamped samples and public images, so that accuracy costs little (neither is done with public images in which the
 suspect recognises nothing, see `recognised`); and the outer gradient is first-order: δ is found
-afresh, so that nothing implicit is left to follow. For what no δ resembles there is `smi/defenses/ibau_restarted.py`.
+afresh, so that nothing implicit is left to follow.
+
+With more δ's than twice `Robust.targets` each is stamped seldom, while clean behaviour is held as firmly as ever. There
+the δ's are stamped by the square of how they fool at the natural radius, where a backdoor stands out (at C all classes
+are reached), and distillation weighs as much less as there are more δ's. Chosen on traffic signs of 29 classes (three
+attacks, development seed 100): of a blended trigger clean samples left 28 % before, SMI's 67 %; with the first 13 and
+12 %, with a quarter of the weight besides less than 1 %. Twice the rounds did not help.
+
+For what no δ resembles there is `smi/defenses/ibau_restarted.py`.
 """
 
 from __future__ import annotations
@@ -96,13 +104,13 @@ class Robust:
         adversary = _Adversary(self, model, samples, public, inner)
         classes = torch.arange(samples.num_classes)
         first = current().once("search", inner, lambda: adversary.search(model, classes, adversary.natural))
-        hold = self._hold(model, public, held)
+        hold, weight = self._hold(model, public, held), self.schedule.distill * adversary.share
         known = recognised(frozen(model), public) if self.public else None
         more = _PseudoLabelled(model, known, shared) if known is not None else None
 
         def loss(run: Runner, images: Tensor, labels: Tensor) -> Tensor:
             if not adversary.awake:
-                return self._clean(run, hold, images, labels)
+                return self._clean(run, hold, weight, images, labels)
             count = max(1, round(self.stamped * len(images)))
             shown, wanted = images[:count], labels[:count]
             if more is not None:
@@ -111,7 +119,7 @@ class Robust:
             value = F.cross_entropy(run(adversary.stamp(shown)), wanted)
             if count == len(images):
                 return value
-            return value + self._clean(run, hold, images[count:], labels[count:])
+            return value + self._clean(run, hold, weight, images[count:], labels[count:])
 
         start = self._start(model, samples.images, public, seed)
         fitting = max(2, len(samples) // self.least_steps)
@@ -132,13 +140,13 @@ class Robust:
         return repaired, log, first["delta"]
 
     def _hold(self, model: nn.Module, public: PublicImages | None, rng: torch.Generator) -> Hold:
-        """What holds clean behaviour: a loss on unstamped samples, weighted by ``schedule.distill``."""
+        """What holds clean behaviour: a loss on unstamped samples."""
         distil = Distillation(model, public, rng)
         return lambda run, images, labels: distil(run, images)
 
-    def _clean(self, run: Runner, hold: Hold, images: Tensor, labels: Tensor) -> Tensor:
-        if self.schedule.distill:
-            return self.schedule.distill * hold(run, images, labels)
+    def _clean(self, run: Runner, hold: Hold, weight: float, images: Tensor, labels: Tensor) -> Tensor:
+        if weight:
+            return weight * hold(run, images, labels)
         return F.cross_entropy(run(images), labels)
 
     def _start(self, model: nn.Module, images: Tensor, public: PublicImages | None, seed: int) -> nn.Module:
@@ -193,7 +201,9 @@ class _Adversary:
     ) -> None:
         self.config, self.samples, self.rng, self.device = config, samples, rng, device_of(model)
         self.classes = torch.tensor([AWAY, *range(samples.num_classes)])
-        self.rates = torch.ones(len(self.classes))
+        self.share = min(1.0, 2 * config.targets / len(self.classes))
+        self.many = self.share < 1
+        self.rates = torch.full((len(self.classes),), 0.0 if self.many else 1.0)
         self.delta = torch.zeros(len(self.classes), *samples.images.shape[1:])
         self.curve: list[float] = []
         self.first = round(config.begin * config.schedule.rounds)
@@ -248,16 +258,18 @@ class _Adversary:
             return
         tie = torch.rand(len(self.rates), generator=self.rng) * 1e-3
         order, count = self.rates + tie, self.config.targets
-        if 2 * count < len(order):  # each has its turn within two rounds: a δ that was never searched for is zero
+        if self.many:  # each has its turn within two rounds: a δ that was never searched for is zero
             count = math.ceil(len(order) / 2)
-            order += (self.delta == 0).flatten(1).all(1)
+            order += 2.0 * (self.delta == 0).flatten(1).all(1)
         chosen = order.argsort(descending=True)[:count]
         found = self.search(model, self.classes[chosen], self.radius)
-        self.delta[chosen], self.rates[chosen] = found["delta"], found["rates"]
+        # At C all classes are reached, and where there are many a backdoor's δ would be one of many that are stamped.
+        self.rates[chosen] = found["natural"].square() if self.many else found["rates"]
+        self.delta[chosen] = found["delta"]
         self.curve.append(found["natural"].max().item())  # at C a sound model is fooled as well
 
     def stamp(self, images: Tensor) -> Tensor:
-        """Each image with one δ, drawn in proportion to how much it fools, from spread out to a few pixels."""
+        """Each image with one δ, drawn by how much it fools, from spread out to a few pixels."""
         which = torch.multinomial(self.rates + 1e-3, len(images), replacement=True, generator=self.rng)
         share = SPARSEST ** torch.rand(len(images), generator=self.rng)
         return (images + concentrate(self.delta[which], share).to(images.device)).clamp(0, 1)
