@@ -135,14 +135,50 @@ def test_what_the_readme_says_of_the_study() -> None:
     assert [words for words in said if words not in text] == []
 
 
+def colour_table(studies: Sequence[Sequence[Row]]) -> str:
+    """Mean and worst over attacks and seeds by source, in percent, of studies side by side."""
+    found = [
+        {(row["defense"], row["source"]): row for row in summarise(rows, ("defense", "source"))} for rows in studies
+    ]
+    lines = ["| removal | samples | " + " | ".join(["ACC % | ASR % | DER %"] * len(studies)) + " |"]
+    lines.append("|---|---" + "|---" * 3 * len(studies) + "|")
+    for removal, source in sorted(found[0], key=lambda pair: (pair[0] != "ibau", -found[0][pair]["der"])):
+        cells = [
+            f"{100 * of[removal, source][name]:.1f} ({100 * of[removal, source][f'worst_{name}']:.1f})"
+            for of in found for name in ("acc", "asr", "der")
+        ]  # fmt: skip
+        label = "none" if source == "none" else sources[source].label
+        lines.append("| " + " | ".join([REMOVALS[removal], label, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def colour_rows(name: str, cache: Path) -> list[Row]:
+    kept = (ROOT / f"notebooks/results/{name}.csv").read_text()
+    store = Store(ROOT / f"notebooks/results/{name}", cache)
+    assert as_csv(read_rows(load_study(name), store)) == kept, f"run `smi study table {name} ...`"
+    return from_csv(kept)
+
+
 def test_what_the_readme_says_of_colour(tmp_path: Path) -> None:
-    rows = read_rows(load_study("gtsrb"), Store(ROOT / "notebooks/results/gtsrb", tmp_path))
-    found = {
-        (row["attack"], row["source"]): [f"{100 * row[name]:.1f}" for name in ("asr_before", "asr")] for row in rows
-    }
-    assert len(found) == 1
-    text = " ".join((ROOT / "README.md").read_text().split())
-    assert f"CLP leaves {found['blended', 'none'][1]} %" in text
+    signs, things = (colour_rows(name, tmp_path) for name in ("gtsrb", "cifar10"))
+    readme = (ROOT / "README.md").read_text()
+    made = colour_table([signs, things])
+    assert made in readme, f"the README's table should be:\n{made}"
+    by = [{(r["attack"], r["source"]): r for r in summarise(rows, ("attack", "source"))} for rows in (signs, things)]
+    said = []
+    for attack in ("badnets", "trojan_watermark", "blended"):
+        said += [f"{100 * by[0][attack, source]['asr']:.1f}" for source in ("smi", "clean")]
+    for attack in ("blended", "trojan_watermark"):
+        said.append(f"{100 * by[1][attack, 'clean']['asr']:.0f} %")
+        said.append(f"{100 * by[1][attack, 'none']['asr']:.0f} %")
+    for rows, source in ((signs, "clean"), (signs, "latent"), (signs, "pixel"), (things, "clean")):
+        found = compare([row for row in rows if row["defense"] == "ibau"], "smi", source)
+        assert found.cells == 12
+        said.append(f"{100 * abs(found.mean):.1f}")
+    found = compare([row for row in signs if row["defense"] == "ibau"], "latent", "smi")
+    said.append(f"{100 * found.low:.1f} to {100 * found.high:.1f}".replace("-", "−"))
+    text = " ".join(readme.split())
+    assert [words for words in said if words not in text] == []
 
 
 def test_what_the_readme_says_of_detection(tmp_path: Path) -> None:
