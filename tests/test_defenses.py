@@ -14,9 +14,10 @@ from torch.nn import functional as F
 
 from smi.attacks import BadNets
 from smi.augment import vary
+from smi.classifiers import build_classifier
 from smi.compute import fast, frozen
 from smi.defenses import IBAU, FineTune, Published, Restarted, Robust, Schedule, defenses, ibau_robust
-from smi.defenses.base import Distillation, _warm_cosine, recognised
+from smi.defenses.base import LARGEST_STEP, Distillation, _warm_cosine, bearable, recognised
 from smi.defenses.channels import watch
 from smi.defenses.ibau_robust import _Adversary, _PseudoLabelled
 from smi.defenses.restart import TrustedLabels, forget
@@ -201,6 +202,22 @@ def test_where_few_steps_reach_no_class_it_takes_more_and_all_searches_do(monkey
     assert adversary.steps == taken == asked[-1]
     adversary.search(model, torch.arange(3), 1.0)
     assert asked[-1] == taken
+
+
+def test_the_learning_rate_is_what_the_model_bears(monkeypatch) -> None:
+    small, deep = (build_classifier(name, 1, 3) for name in ("small_cnn", "resnet18"))
+    assert bearable(small, 3e-3) == 3e-3
+    for lr in (3e-3, 1e-2):
+        found = bearable(deep, lr)
+        shares = [found / w.detach().square().mean().sqrt().item() for w in deep.parameters() if w.ndim > 1]
+        assert sum(shares) == pytest.approx(LARGEST_STEP, rel=1e-4)
+    assert bearable(deep, 1e-5) == 1e-5
+    silent = nn.Linear(3, 3)
+    nn.init.zeros_(silent.weight)  # some networks begin, or end, with such layers
+    assert bearable(silent, 0.1) == 0.1
+    monkeypatch.setattr("smi.defenses.base.bearable", lambda model, lr: 0.0)
+    still = FineTune(schedule=QUICK).repair(small, samples()).model
+    assert all(torch.equal(a, b) for a, b in zip(still.parameters(), small.parameters(), strict=True))
 
 
 def test_concentrate_keeps_norm_and_strongest_pixels() -> None:

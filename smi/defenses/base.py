@@ -135,8 +135,9 @@ defenses: Registry[type[Defense]] = Registry("defense")
 class Schedule:
     """The outer loop that defenses share: AdamW with cosine decay over ``rounds`` passes over the samples.
 
-    batch_size: samples a step, fewer where a round would have less than three steps. distill: weight of
-    ``KL(suspect ‖ repaired)`` on the unstamped samples and on as many public images a step; 0 switches it off.
+    lr: its rate, lower for large models, see `bearable`. batch_size: samples a step, fewer where a round would have
+    less than three steps. distill: weight of ``KL(suspect ‖ repaired)`` on the unstamped samples and on as many public
+    images a step; 0 switches it off.
     """
 
     rounds: int = 30
@@ -199,6 +200,8 @@ def ask(teacher: nn.Module, images: Tensor) -> Tensor:
         return torch.cat(list(halving(run, images, Chunk(len(images)))))
 
 
+LARGEST_STEP = 0.7  # of the weights' size, over all layers together
+
 LEAST_STEPS = 3  # a round: with fewer samples smaller batches, or the decay comes before the repair is done
 
 StepLoss = Callable[[Runner, Tensor, Tensor], Tensor]
@@ -242,7 +245,8 @@ def train_repair(
     of each round.
     """
     repaired, device = copy.deepcopy(model).eval(), device_of(model)
-    optimizer = torch.optim.AdamW(repaired.parameters(), schedule.lr, weight_decay=schedule.weight_decay)
+    lr = bearable(repaired, schedule.lr)
+    optimizer = torch.optim.AdamW(repaired.parameters(), lr, weight_decay=schedule.weight_decay)
     steps = min(max(LEAST_STEPS, len(samples) // schedule.batch_size), len(samples))
     rate = _warm_cosine(schedule.rounds * steps)
     rng, follow = stream(seed, "repair"), _follower.get()
@@ -295,7 +299,7 @@ def train_repair(
             with fast(repaired) as run:
                 for step, batch in enumerate(_batches(len(samples), steps, rng), index * steps):
                     for group in optimizer.param_groups:
-                        group["lr"] = schedule.lr * rate(step)
+                        group["lr"] = lr * rate(step)
                     total += backward(run, batch)
                     optimizer.step()
                     if after_step is not None:
@@ -306,6 +310,18 @@ def train_repair(
             after_round(state)
     unfinished.save(state())
     return repaired, curve
+
+
+def bearable(model: nn.Module, lr: float) -> float:
+    """``lr``, or as much less as the model needs so that one step of Adam does not undo what it has learned.
+
+    Such a step moves each weight by about ``lr``, a layer by that share of its weights' root mean square, and what the
+    model computes by up to the sum of these shares: 0.4 for five convolutions of a few dozen channels at 0.003, 3.5 for
+    ResNet-18, which I-BAU left at chance with it. The sum is kept to `LARGEST_STEP`.
+    """
+    sizes = [p.detach().float().square().mean().sqrt().item() for p in model.parameters() if p.ndim > 1]
+    step = sum(lr / size for size in sizes if size)
+    return lr * min(1.0, LARGEST_STEP / step) if step else lr
 
 
 def _warm_cosine(total: int) -> Callable[[int], float]:
