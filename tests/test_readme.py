@@ -177,6 +177,10 @@ def test_what_the_readme_says_of_colour(tmp_path: Path) -> None:
         said.append(f"{100 * abs(found.mean):.1f}")
     found = compare([row for row in signs if row["defense"] == "ibau"], "latent", "smi")
     said.append(f"{100 * found.low:.1f} to {100 * found.high:.1f}".replace("-", "−"))
+    deep = read_rows(load_study("resnet18"), Store(ROOT / "notebooks/results/resnet18", tmp_path))
+    assert {row["source"] for row in deep} == {"none"}
+    left = sorted(100 * row["asr"] for row in deep)
+    said.append(f"CLP leaves {left[0]:.0f} % of the watermark and {left[1]:.0f} to {left[-1]:.0f} % of the others")
     text = " ".join(readme.split())
     assert [words for words in said if words not in text] == []
 
