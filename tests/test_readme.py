@@ -135,12 +135,13 @@ def test_what_the_readme_says_of_the_study() -> None:
     assert [words for words in said if words not in text] == []
 
 
-def colour_table(studies: Sequence[Sequence[Row]]) -> str:
+def colour_table(studies: dict[str, Sequence[Row]]) -> str:
     """Mean and worst over attacks and seeds by source, in percent, of studies side by side."""
     found = [
-        {(row["defense"], row["source"]): row for row in summarise(rows, ("defense", "source"))} for rows in studies
+        {(row["defense"], row["source"]): row for row in summarise(rows, ("defense", "source"))}
+        for rows in studies.values()
     ]
-    lines = ["| removal | samples | " + " | ".join(["ACC % | ASR % | DER %"] * len(studies)) + " |"]
+    lines = ["| removal | samples | " + " | ".join(f"{name}: ACC % | ASR % | DER %" for name in studies) + " |"]
     lines.append("|---|---" + "|---" * 3 * len(studies) + "|")
     for removal, source in sorted(found[0], key=lambda pair: (pair[0] != "ibau", -found[0][pair]["der"])):
         cells = [
@@ -162,7 +163,7 @@ def colour_rows(name: str, cache: Path) -> list[Row]:
 def test_what_the_readme_says_of_colour(tmp_path: Path) -> None:
     signs, things = (colour_rows(name, tmp_path) for name in ("gtsrb", "cifar10"))
     readme = (ROOT / "README.md").read_text()
-    made = colour_table([signs, things])
+    made = colour_table({"signs": signs, "CIFAR-10": things})
     assert made in readme, f"the README's table should be:\n{made}"
     by = [{(r["attack"], r["source"]): r for r in summarise(rows, ("attack", "source"))} for rows in (signs, things)]
     said = []
