@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,21 @@ def test_what_the_readme_says_of_distillation(tmp_path: Path) -> None:
     text = " ".join((ROOT / "README.md").read_text().split())
     (told,) = [part for part in text.split("- **") if part.startswith("Distillation")]
     assert [words for words in said if words not in told] == [], said
+
+
+def test_what_the_readme_says_of_the_fresh_start(tmp_path: Path) -> None:
+    rows = read_rows(load_study("restarted"), Store(ROOT / "notebooks/results/restarted", tmp_path))
+    found = {(r["attack"], r["source"]): r for r in summarise(rows, ("attack", "source"))}
+    assert {pair: r["cells"] for pair, r in found.items()} == dict.fromkeys(
+        product(("wanet", "smooth"), ("clean", "smi")), 3
+    )
+    wanet, smooth = (
+        [f"{100 * found[attack, s]['asr']:.0f} %" for s in ("smi", "clean")] for attack in ("wanet", "smooth")
+    )
+    of = {r["source"]: f"{100 * r['acc']:.1f}" for r in summarise(rows, ("source",))}
+    said = f"Of WaNet it leaves {wanet[0]} with SMI's samples and {wanet[1]} with clean ones, of the smooth trigger "
+    said += f"{smooth[0]} and {smooth[1]}, at {of['smi']} and {of['clean']} % accuracy"
+    assert said in " ".join((ROOT / "README.md").read_text().split())
 
 
 def colour_table(studies: dict[str, Sequence[Row]]) -> str:
