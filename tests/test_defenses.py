@@ -8,33 +8,22 @@ from typing import Any
 
 import pytest
 import torch
+from thirds import rng, samples, thirds
 from tiny import check_repair, tiny_model
 from torch import nn
 from torch.nn import functional as F
 
 from smi.attacks import BadNets
-from smi.augment import vary
 from smi.classifiers import build_classifier
-from smi.compute import fast, frozen
+from smi.compute import fast
 from smi.defenses import IBAU, FineTune, Published, Restarted, Robust, Schedule, defenses, ibau_robust
 from smi.defenses.base import LARGEST_STEP, Distillation, _warm_cosine, bearable, recognised
-from smi.defenses.channels import watch
 from smi.defenses.ibau_robust import _Adversary, _PseudoLabelled
-from smi.defenses.restart import TrustedLabels, forget
-from smi.defenses.universal import AWAY, concentrate, data_scale, fooling_rate, into_ball, natural_radius, universal
+from smi.defenses.universal import natural_radius, universal
 from smi.domains import PrivateSet, PublicImages, Samples
 from smi.errors import InputError
 
 QUICK = Schedule(rounds=2, batch_size=12)
-
-
-def samples(n: int = 24, classes: int = 3, size: int = 8, seed: int = 0) -> Samples:
-    rng = torch.Generator().manual_seed(seed)
-    return Samples(torch.rand(n, 1, size, size, generator=rng), torch.arange(n) % classes, classes, "smi")
-
-
-def rng(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 ALL = [
@@ -76,69 +65,6 @@ def test_mismatches_are_refused_before_any_work() -> None:
         defenses["ibua"]
 
 
-def test_universal_delta_respects_the_ball_and_fools_more_than_its_start() -> None:
-    model, s, targets = tiny_model(), samples(60), torch.tensor([AWAY, 0, 1, 2])
-    with fast(frozen(model)) as run:
-        start = universal(run, s.images, s.labels, targets, radius=1.5, steps=0, rng=rng())
-        found = universal(run, s.images, s.labels, targets, radius=1.5, steps=10, rng=rng())
-        assert found.shape == (4, 1, 8, 8)
-        assert found.flatten(1).norm(dim=1).max() <= 1.5 * (1 + 1e-5)
-        for target, before, after in zip(targets.tolist(), start, found, strict=True):
-            loss = [targeted_loss(run, s, target, d) for d in (before, after)]
-            assert loss[1] < loss[0]
-
-
-def targeted_loss(run, s: Samples, target: int, delta: torch.Tensor) -> float:
-    others = s.labels != target
-    logits = run((s.images[others] + delta).clamp(0, 1))
-    if target == AWAY:
-        return -F.cross_entropy(logits, s.labels[others]).item()
-    return F.cross_entropy(logits, torch.full((int(others.sum()),), target)).item()
-
-
-def test_fooling_rate_counts_only_other_classes() -> None:
-    class Always(nn.Module):
-        def forward(self, images: torch.Tensor) -> torch.Tensor:
-            return torch.tensor([[9.0, 0.0, 0.0]]).expand(len(images), 3)
-
-    s = samples(9)
-    with fast(Always()) as run:
-        rates = fooling_rate(run, s.images, s.labels, torch.tensor([AWAY, 0, 1]), torch.zeros(3, 1, 8, 8))
-    assert rates.tolist() == pytest.approx([6 / 9, 1.0, 0.0])
-
-
-class PatchBackdoor(nn.Module):
-    """Brightness of the left, middle and right third decides the class, but a bright lower right corner means 0.
-
-    The corner unit is dead on black corners, as in a trained network, so that no gradient points there.
-    """
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        thirds = torch.stack([x[..., 0:3].mean((1, 2, 3)), x[..., 3:6].mean((1, 2, 3)), x[..., 6:9].mean((1, 2, 3))], 1)
-        corner = torch.relu(x[:, :, 7:, 7:].mean((1, 2, 3)) - 0.02)
-        return 20 * thirds + torch.stack([60 * corner, 0 * corner, 0 * corner], 1)
-
-
-def thirds(n: int) -> Samples:
-    images = torch.zeros(n, 1, 9, 9)
-    labels = torch.arange(n) % 3
-    for i, label in enumerate(labels.tolist()):
-        images[i, :, 1:6, 3 * label : 3 * label + 3] = 0.8
-    return Samples(images, labels, 3, "smi")
-
-
-def test_the_search_from_noise_finds_a_patch_that_ascent_from_zero_cannot() -> None:
-    s, target = thirds(30), torch.tensor([0])
-    with fast(PatchBackdoor()) as run:
-        delta = universal(run, s.images, s.labels, target, radius=1.2, steps=10, rng=rng(1))
-        corner = delta[0, 0, 7:, 7:].norm() / delta.norm()
-        at_zero = torch.zeros(1, 1, 9, 9, requires_grad=True)
-        loss = F.cross_entropy(run((s.images + at_zero).clamp(0, 1)), torch.zeros(30, dtype=torch.int64))
-        (gradient,) = torch.autograd.grad(loss, at_zero)
-    assert gradient[0, 0, 7:, 7:].abs().max() == 0, "the corner must be dead at zero, or this test shows nothing"
-    assert corner > 0.3
-
-
 def test_public_images_count_only_where_the_suspect_recognises_something_in_them() -> None:
     images, seen = samples(40).images, PublicImages(samples(40).images)
     sure, unsure = tiny_model(), tiny_model()
@@ -166,24 +92,6 @@ def test_ibau_stamps_public_images_only_where_the_suspect_recognises_something(m
     solver = Robust(radius=1.0, schedule=Schedule(rounds=1))
     IBAU(solver=solver).repair(tiny_model(), samples(40), seen)
     assert asked == [seen]
-
-
-def test_natural_radius_scales_with_the_data_and_is_not_moved_by_one_backdoored_class() -> None:
-    s = thirds(60)
-
-    class Thirds(PatchBackdoor):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return super().forward(x * self.mask)
-
-        mask = torch.ones(9, 9)
-        mask[7:, 7:] = 0
-
-    radius = {}
-    for name, model in (("clean", Thirds()), ("backdoored", PatchBackdoor())):
-        with fast(model) as run:
-            radius[name], _ = natural_radius(run, s.images, s.labels, 3, goal=0.5, steps=8, rng=rng(2))
-    assert 0.02 * data_scale(s.images) < radius["clean"] <= 1.2 * 1.15 * data_scale(s.images)
-    assert radius["backdoored"] == pytest.approx(radius["clean"], rel=0.35)
 
 
 @pytest.mark.parametrize(("needed", "taken"), [(4, 4), (5, 12), (12, 12), (13, 36), (99, 36)])
@@ -218,26 +126,6 @@ def test_the_learning_rate_is_what_the_model_bears(monkeypatch) -> None:
     monkeypatch.setattr("smi.defenses.base.bearable", lambda model, lr: 0.0)
     still = FineTune(schedule=QUICK).repair(small, samples()).model
     assert all(torch.equal(a, b) for a, b in zip(still.parameters(), small.parameters(), strict=True))
-
-
-def test_concentrate_keeps_norm_and_strongest_pixels() -> None:
-    delta = 0.1 * torch.randn(4, 3, 8, 8, generator=rng())
-    share = torch.tensor([1.0, 0.5, 0.1, 1e-6])
-    sparse = concentrate(delta, share)
-    assert torch.allclose(sparse[0], delta[0], atol=1e-6)
-    assert (sparse.abs().sum(1) > 0).flatten(1).sum(1).tolist() == [64, 32, 6, 1]
-    norms = sparse.flatten(1).norm(dim=1) / delta.flatten(1).norm(dim=1)
-    assert norms[:3].tolist() == pytest.approx([1, 1, 1], rel=1e-4)
-    energy = delta[2].square().sum(0)
-    assert energy[sparse[2].abs().sum(0) > 0].min() > energy[sparse[2].abs().sum(0) == 0].max()
-    assert concentrate(100 * delta, share).abs().max() <= 1
-
-
-def test_data_scale_and_ball() -> None:
-    images = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 1, 2, 2)
-    assert data_scale(images) == pytest.approx(1.0)  # each is 0.5 · √4 from the mean
-    delta = torch.stack([torch.full((1, 2, 2), 2.0), torch.full((1, 2, 2), 0.1)])
-    assert into_ball(delta, 1.0).flatten(1).norm(dim=1).tolist() == pytest.approx([1.0, 0.2])
 
 
 class Learned(nn.Module):
@@ -409,91 +297,6 @@ def test_few_samples_are_cut_into_as_many_steps_as_the_solver_needs(solver, step
     assert [schedule.batch_size for schedule in schedules] == [120 // steps, 100]
 
 
-def test_forgetting_keeps_the_size_of_weights_and_the_scale_of_features() -> None:
-    model, images = tiny_model(), samples().images
-    kept = {name: value.clone() for name, value in model.state_dict().items()}
-    same, fresh = (forget(model, noise, images, rng(3)) for noise in (0.0, 0.8))
-    assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
-    for name, old in model.named_parameters():
-        new = fresh.get_parameter(name)
-        assert torch.equal(same.get_parameter(name), old)
-        if old.ndim < 2:
-            assert torch.equal(new, old)
-        elif old.numel() > 100:
-            assert new.std().item() == pytest.approx(old.std().item(), rel=0.15)
-            alike = torch.corrcoef(torch.stack([new.flatten(), old.flatten()]))[0, 1].item()
-            assert alike == pytest.approx(0.6, abs=0.15)  # √(1 − 0.8²)
-    first = next(name for name, m in fresh.named_modules() if isinstance(m, nn.BatchNorm2d))
-    seen: dict[str, torch.Tensor] = {}
-    with watch(fresh, [first], seen):
-        fresh(images)
-    out, norm = seen[first].detach(), fresh.get_submodule(first)
-    torch.testing.assert_close(out.mean((0, 2, 3)), norm.bias.detach(), rtol=0, atol=0.05)  # normalised before scaling
-    assert not fresh.training
-    assert norm.momentum == model.get_submodule(first).momentum
-
-
-def linear_thirds() -> nn.Module:
-    """Which third is bright, by a weight matrix: something to forget."""
-    weights = nn.Sequential(nn.Flatten(), nn.Linear(81, 3))
-    with torch.no_grad():
-        for k in range(3):
-            weights[1].weight[k] = 0
-            weights[1].weight[k].view(9, 9)[:, 3 * k : 3 * k + 3] = 1.0
-        weights[1].bias.zero_()
-    return weights
-
-
-def test_a_restarted_model_learns_again_what_it_forgot_but_not_without_training() -> None:
-    """The defining terms of the restart: chance in the weights, and the suspect's labels."""
-    s, weights = thirds(60), linear_thirds()
-    schedule = Schedule(rounds=40, batch_size=30, lr=0.05, distill=1.0)
-
-    def kept(model: nn.Module) -> float:
-        return (model(s.images).argmax(1) == weights(s.images).argmax(1)).float().mean().item()
-
-    relearned = IBAU(solver=Restarted(schedule=schedule, forget=0.999, begin=1.0, radius=0.1)).repair(
-        weights, s, seed=1
-    )
-    forgotten = [kept(forget(weights, 0.999, s.images, rng(seed))) for seed in range(10)]
-    assert sum(forgotten) / 10 < 0.7
-    assert kept(relearned.model) > 0.95
-
-
-class Louder(nn.Module):
-    """A model with other confidence and the same labels."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return 5 * self.model(x)
-
-
-def test_trusted_labels_are_labels_alone_and_only_those_that_a_variation_keeps() -> None:
-    s, suspect, other = thirds(60), linear_thirds(), linear_thirds()
-    with torch.no_grad():
-        other[1].weight.add_(torch.randn(3, 81, generator=rng(5)))
-    public = PublicImages(thirds(30).images)
-
-    def loss(suspect: nn.Module, labels: torch.Tensor, public: PublicImages | None = None) -> float:
-        with fast(other) as run:
-            return TrustedLabels(suspect, public, rng(2))(run, s.images, labels).item()
-
-    assert loss(Louder(suspect), s.labels) == loss(suspect, s.labels)
-    half = torch.where(torch.arange(60) < 30, s.labels, (s.labels + 1) % 3)
-    with fast(other) as run:
-        varied = vary(s.images, rng(2))
-        trusted = (suspect(varied).argmax(1) == half).nonzero()[:, 0]
-        expected = F.cross_entropy(run(varied)[trusted], half[trusted]).item()
-        of_all = F.cross_entropy(run(varied), half).item()
-    assert 10 < len(trusted) < 50
-    assert loss(suspect, half) == pytest.approx(expected, rel=1e-2)
-    assert of_all != pytest.approx(expected, rel=0.1)
-    assert loss(suspect, s.labels, public) != loss(suspect, s.labels)
-
-
 def test_distillation_is_zero_for_the_suspect_itself_and_pulls_towards_it() -> None:
     model, public = tiny_model(), PublicImages(torch.rand(20, 1, 8, 8, generator=rng(4)))
     other = tiny_model(seed=1)
@@ -540,14 +343,3 @@ def test_schedule_warms_up_and_decays_to_zero() -> None:
 def test_robust_settings_are_checked(bad) -> None:
     with pytest.raises(InputError, match=next(iter(bad))):
         Robust(**bad)
-
-
-def test_what_is_forgotten_leaves_something() -> None:
-    with pytest.raises(InputError, match="forget"):
-        Restarted(forget=1.0)
-
-
-def test_the_restarted_solver_has_a_name_of_its_own() -> None:
-    """For studies, whose files cannot name a solver."""
-    assert defenses["ibau_restarted"]().solver == Restarted()
-    assert defenses["ibau_restarted"]().settings() != defenses["ibau"]().settings()
