@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from test_defenses import QUICK, rng, samples
+from thirds import thirds
 from tiny import check_repair, tiny_model
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -174,14 +175,6 @@ class Planted(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[N, 1, 9, 9]`` to logits ``[N, 3]``."""
         return self.head(F.relu(self.norm(self.conv(x))).flatten(1))
-
-
-def thirds(n: int) -> Samples:
-    images = torch.zeros(n, 1, 9, 9)
-    labels = torch.arange(n) % 3
-    for i, label in enumerate(labels.tolist()):
-        images[i, :, 1:6, 3 * label : 3 * label + 3] = 0.8
-    return Samples(images, labels, 3, "clean")
 
 
 def success(model: nn.Module, s: Samples) -> float:
