@@ -124,6 +124,7 @@ def lab(into: Path | None, port: int, browser: bool, options: tuple[str, ...]) -
 @click.option("--public", "public_name", help="Unlabelled public images: a domain's name, an .npz or a folder.")
 @click.option("--prior-steps", type=click.IntRange(min=1), help="Of a prior that is trained here.  [default: 4000]")
 @click.option("--per-class", type=click.IntRange(min=1), default=PER_CLASS, show_default=True)
+@click.option("--defense", "defense_name", help="How to remove: ibau_restarted, ft, nad, ...  [default: ibau]")
 @click.option("--detect/--no-detect", "detection_wanted", default=True, help="Look for signs of a backdoor, too.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder, new or empty.")
 @force_option
@@ -133,8 +134,8 @@ def lab(into: Path | None, port: int, browser: bool, options: tuple[str, ...]) -
 @common
 def remove(
     model: str, prior_name: str | None, own: dict[str, Any] | None, public_name: str | None, prior_steps: int | None,
-    per_class: int, out: Path, force: bool, resume: bool, form: dict[str, Any], root: str, download: bool, seed: int,
-    device: str, detection_wanted: bool,
+    per_class: int, defense_name: str | None, out: Path, force: bool, resume: bool, form: dict[str, Any], root: str,
+    download: bool, seed: int, device: str, detection_wanted: bool,
 ) -> None:  # fmt: skip
     """Remove a backdoor from MODEL without clean data.
 
@@ -143,6 +144,8 @@ def remove(
     than all the rest; with one, public images help accuracy. Says whether there are signs of a backdoor, and why, and
     writes the repaired weights in the layout that they came in, report.html and report.json, and the prior where it was
     trained here. What is stopped goes on with --resume.
+
+    --defense ibau_restarted forgets most of the weights first: it removes more (warps above all), and costs accuracy.
 
     \b
     Examples:
@@ -153,6 +156,7 @@ def remove(
     import torch
 
     from smi.checks import check_model
+    from smi.defenses import defenses
     from smi.errors import InputError
     from smi.files import ROOM, check_room, claimed
     from smi.gan import PriorConfig, fit_prior
@@ -168,6 +172,7 @@ def remove(
         raise InputError("--prior-steps is for a prior that is trained here. Leave it out, or --prior.")
     if prior_name is None and own is not None:
         raise InputError("--generator needs --prior, the file with its weights.")
+    defense = None if defense_name is None else defenses[defense_name]()
     with claimed(out, folder=True, force=force) as folder:
         suspect, clock = load_suspect(model, **form).to(device), Clock()
         check_room(folder, ROOM + STATES * suspect.size)
@@ -182,7 +187,9 @@ def remove(
                     prior = fit_prior(public, config, seed=seed, device=device, checkpoint=work / "prior.safetensors")
             assert prior is not None
             with clock("remove"):
-                cleaned = remove_backdoor(suspect.model, prior, public, per_class=per_class, seed=seed, checkpoint=work)
+                cleaned = remove_backdoor(
+                    suspect.model, prior, public, defense=defense, per_class=per_class, seed=seed, checkpoint=work
+                )
             with clock("hold out"):
                 held_out = held_out_samples(suspect.model, prior, seed=seed, checkpoint=work / "held_out.safetensors")
             detection = None

@@ -20,7 +20,7 @@ import smi.unfinished
 from smi.classifiers import build_classifier
 from smi.cli import PER_CLASS, cli
 from smi.compute import asked_precision
-from smi.defenses import IBAU, Robust
+from smi.defenses import IBAU, RestartedIBAU, Robust
 from smi.defenses.base import Schedule
 from smi.detection import Detector
 from smi.files import load_tensors, save_tensors
@@ -134,6 +134,16 @@ def test_a_detection_that_fails_does_not_cost_the_removal(here, monkeypatch):
     assert "could not be looked for: RuntimeError: CUDA out of memory" in result.stderr
     assert (here / "deep/er/out/repaired.safetensors").exists()
     assert json.loads((here / "deep/er/out/report.json").read_text())["detection"] is None
+
+
+def test_the_removal_may_be_another(here, monkeypatch):
+    given = {}
+    monkeypatch.setattr(smi.pipeline, "remove_backdoor", lambda *args, **options: given.update(options) or fake)
+    fake = fake_run.removal().cleaned
+    command = ["remove", "suspect.safetensors", "--prior", "prior.safetensors", "--out", "out"]
+    assert "ibau_restarted" in refused(here, *command, "--defense", "ibou")
+    assert smi_run(*command, "--defense", "ibau_restarted").exit_code == 0
+    assert given["defense"] == RestartedIBAU()
 
 
 def test_without_a_prior_one_is_trained_on_the_public_images(here, monkeypatch):
