@@ -28,13 +28,18 @@ class Restarted(Robust):
 
     forget: how much of the weights is chance at the start, in [0, 1), see `smi.defenses.restart.forget`. Clean
     behaviour is held by `TrustedLabels` instead of distillation. The δ's wait until there is something to fool.
+
+    The more is forgotten, the less is left of a warp, and of accuracy: with SMI's samples, over WaNet, BadNets and a
+    smooth trigger of development seeds 100 and 101, 0.8 keeps 94.4 % accuracy and leaves 29 % of WaNet, 0.7 95.8 and
+    33, 0.6 96.4 and 48, and 2 to 5 % of the other two. Neither the suspect's larger probabilities for its labels, nor
+    a first layer kept or one forgotten more than the others, nor more public images improved on that line.
     """
 
     schedule: Schedule = field(default_factory=lambda: Schedule(rounds=100, lr=3e-3, distill=40.0))
     reach: float = 1.0
     begin: float = 0.2
     renew: int = 3
-    forget: float = 0.8
+    forget: float = 0.7
 
     name = "restarted"
     hold_stream: ClassVar[str] = "hold"
