@@ -137,9 +137,8 @@ def test_a_detection_that_fails_does_not_cost_the_removal(here, monkeypatch):
 
 
 def test_the_removal_may_be_another(here, monkeypatch):
-    given = {}
-    monkeypatch.setattr(smi.pipeline, "remove_backdoor", lambda *args, **options: given.update(options) or fake)
-    fake = fake_run.removal().cleaned
+    found, given = fake_run.removal().cleaned, {}
+    monkeypatch.setattr(smi.pipeline, "remove_backdoor", lambda *args, **options: given.update(options) or found)
     command = ["remove", "suspect.safetensors", "--prior", "prior.safetensors", "--out", "out"]
     assert "ibau_restarted" in refused(here, *command, "--defense", "ibou")
     assert smi_run(*command, "--defense", "ibau_restarted").exit_code == 0
