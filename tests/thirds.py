@@ -35,3 +35,14 @@ def thirds(n: int) -> Samples:
     for i, label in enumerate(labels.tolist()):
         images[i, :, 1:6, 3 * label : 3 * label + 3] = 0.8
     return Samples(images, labels, 3, "smi")
+
+
+def linear_thirds() -> nn.Module:
+    """Which third is bright, by a weight matrix: a suspect with weights."""
+    weights = nn.Sequential(nn.Flatten(), nn.Linear(81, 3))
+    with torch.no_grad():
+        for k in range(3):
+            weights[1].weight[k] = 0
+            weights[1].weight[k].view(9, 9)[:, 3 * k : 3 * k + 3] = 1.0
+        weights[1].bias.zero_()
+    return weights

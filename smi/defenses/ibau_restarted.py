@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from smi.checks import check_number
 from smi.defenses.base import LEAST_STEPS, Schedule
-from smi.defenses.ibau_robust import Hold, Robust
-from smi.defenses.restart import TrustedLabels, forget
+from smi.defenses.ibau_robust import Robust
+from smi.defenses.restart import forget
 from smi.domains.base import PublicImages
 from smi.seeding import stream
 
@@ -27,7 +27,7 @@ class Restarted(Robust):
     """`Robust` from a fresh start.
 
     forget: how much of the weights is chance at the start, in [0, 1), see `smi.defenses.restart.forget`. Clean
-    behaviour is held by `TrustedLabels` instead of distillation. The δ's wait until there is something to fool.
+    behaviour is held by labels alone. The δ's wait until there is something to fool.
 
     The more is forgotten, the less is left of a warp, and of accuracy: with SMI's samples, over WaNet, BadNets and a
     smooth trigger of development seeds 100 and 101, 0.8 keeps 94.4 % accuracy and leaves 29 % of WaNet, 0.7 95.8 and
@@ -39,6 +39,8 @@ class Restarted(Robust):
     reach: float = 1.0
     begin: float = 0.2
     renew: int = 3
+    temperature: float = 0.0
+    only_trusted: bool = True
     forget: float = 0.7
 
     name = "restarted"
@@ -48,9 +50,6 @@ class Restarted(Robust):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("forget", self.forget, low=0, high=0.999)
-
-    def _hold(self, model: nn.Module, public: PublicImages | None, rng: torch.Generator) -> Hold:
-        return TrustedLabels(model, public, rng)
 
     def _start(self, model: nn.Module, images: Tensor, public: PublicImages | None, seed: int) -> nn.Module:
         """The suspect with most of its weights forgotten."""

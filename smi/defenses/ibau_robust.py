@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -37,7 +37,8 @@ from torch.nn import functional as F
 from smi.augment import vary
 from smi.checks import check_number, device_of
 from smi.compute import Runner, fast, frozen, predict
-from smi.defenses.base import Distillation, Schedule, ask, recognised, train_repair
+from smi.defenses.answers import TrustedAnswers
+from smi.defenses.base import Schedule, ask, recognised, train_repair
 from smi.defenses.universal import AWAY, concentrate, fooling_rate, into_ball, natural_radius, universal
 from smi.domains.base import PublicImages, Samples
 from smi.files import fingerprint
@@ -47,19 +48,17 @@ from smi.unfinished import Tensors, current
 SPARSEST = 0.02  # of the pixels, in what is stamped
 
 
-Hold = Callable[[Runner, Tensor, Tensor], Tensor]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Robust:
     """The robust solver.
 
     goal: share that fixes the `natural_radius`, of public images, or of the samples where there are none. reach: C as a
     multiple of it. radius: C itself, L2 norm of pixels in [0, 1], instead of that rule. stamped: share of each batch
-    that carries a δ. public: public images stamped for each stamped sample. steps: ascent steps for a δ; more where
+    that carries a δ. public: public images for each sample, stamped and unstamped. steps: ascent steps for a δ; more where
     `natural_radius` finds them too few. images: samples that a δ is searched on. targets: δ's renewed at a time, or
     half of them where that is more; those that fooled most when last tried. begin: share of the rounds, in [0, 1],
-    before δ's are stamped. renew: rounds from one search for δ's to the next.
+    before δ's are stamped. renew: rounds from one search for δ's to the next. temperature, only_trusted: which of the
+    suspect's answers hold clean behaviour, see `TrustedAnswers`.
     """
 
     schedule: Schedule = field(default_factory=lambda: Schedule(rounds=12, lr=3e-3, batch_size=30, distill=80.0))
@@ -73,6 +72,8 @@ class Robust:
     targets: int = 6
     begin: float = 0.0
     renew: int = 1
+    temperature: float = 1.0
+    only_trusted: bool = False
 
     name = "robust"
     hold_stream: ClassVar[str] = "distil"
@@ -89,6 +90,7 @@ class Robust:
         check_number("targets", self.targets, low=1, integer=True)
         check_number("begin", self.begin, low=0, high=1)
         check_number("renew", self.renew, low=1, integer=True)
+        check_number("temperature", self.temperature, low=0, high=1)
         if self.radius is not None:
             check_number("radius", self.radius, low=0)
 
@@ -104,7 +106,10 @@ class Robust:
         adversary = _Adversary(self, model, samples, public, inner)
         classes = torch.arange(samples.num_classes)
         first = current().once("search", inner, lambda: adversary.search(model, classes, adversary.natural))
-        hold, weight = self._hold(model, public, held), self.schedule.distill * adversary.share
+        hold = TrustedAnswers(
+            model, public, held, temperature=self.temperature, only_trusted=self.only_trusted, per_sample=self.public
+        )
+        weight = self.schedule.distill * adversary.share
         known = recognised(frozen(model), public) if self.public else None
         more = _PseudoLabelled(model, known, shared) if known is not None else None
 
@@ -139,12 +144,7 @@ class Robust:
         }
         return repaired, log, first["delta"]
 
-    def _hold(self, model: nn.Module, public: PublicImages | None, rng: torch.Generator) -> Hold:
-        """What holds clean behaviour: a loss on unstamped samples."""
-        distil = Distillation(model, public, rng)
-        return lambda run, images, labels: distil(run, images)
-
-    def _clean(self, run: Runner, hold: Hold, weight: float, images: Tensor, labels: Tensor) -> Tensor:
+    def _clean(self, run: Runner, hold: TrustedAnswers, weight: float, images: Tensor, labels: Tensor) -> Tensor:
         if weight:
             return weight * hold(run, images, labels)
         return F.cross_entropy(run(images), labels)

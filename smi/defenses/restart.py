@@ -1,9 +1,7 @@
 """A removal's fresh start: forget most of the weights, and learn again from what the suspect model says reliably.
 
 A backdoor sits in weights that clean images hardly use, and images without the trigger give no reason to build it
-again. Two things would all the same, and are left out: the suspect's probabilities, of which the small ones tell how
-near an image is to the trigger (so its labels alone), and labels that it gives to one variation of an image and not to
-another (as where a variation resembles the trigger). Shrink and perturb is from Ash & Adams, "On Warm-Starting Neural
+again, with what `smi/defenses/answers.py` leaves out. Shrink and perturb is from Ash & Adams, "On Warm-Starting Neural
 Network Training" (NeurIPS 2020).
 """
 
@@ -14,13 +12,9 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from smi.augment import vary
-from smi.compute import Runner, fast, frozen, predict
-from smi.defenses.base import ask
+from smi.compute import fast
 from smi.defenses.channels import NORMS
-from smi.domains.base import PublicImages
 
 
 def forget(model: nn.Module, noise: float, images: Tensor, rng: torch.Generator) -> nn.Module:
@@ -54,27 +48,3 @@ def _measure(model: nn.Module, images: Tensor) -> None:
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         norm.eval()
-
-
-class TrustedLabels:
-    """Cross-entropy with the suspect's labels on varied samples and public images, where they are to be trusted.
-
-    A label is trusted where the suspect gives it to the variation and to the image as it is; for a sample, the label
-    that it comes with stands for the latter. Variations are those of `smi.augment.vary`, afresh each step.
-    """
-
-    def __init__(self, model: nn.Module, public: PublicImages | None, rng: torch.Generator) -> None:
-        self._suspect, self._rng = frozen(model), rng
-        self._images = None if public is None else public.images
-        self._labels = None if public is None else predict(self._suspect, public.images).argmax(1)
-
-    def __call__(self, run: Runner, images: Tensor, labels: Tensor) -> Tensor:
-        """Scalar loss on ``images`` ``[N, C, H, W]`` with ``labels`` ``[N]``, and as many public images."""
-        if self._images is not None and self._labels is not None:
-            extra = torch.randint(len(self._images), (len(images),), generator=self._rng)
-            images = torch.cat([images, self._images[extra].to(images.device)])
-            labels = torch.cat([labels, self._labels[extra].to(labels.device)])
-        varied = vary(images, self._rng)
-        trusted = (ask(self._suspect, varied).argmax(1) == labels).float()
-        losses = F.cross_entropy(run(varied), labels, reduction="none")
-        return (losses * trusted).sum() / trusted.sum().clamp(min=1)
