@@ -54,7 +54,7 @@ class Robust:
 
     goal: share that fixes the `natural_radius`, of public images, or of the samples where there are none. reach: C as a
     multiple of it. radius: C itself, L2 norm of pixels in [0, 1], instead of that rule. stamped: share of each batch
-    that carries a δ. public: public images for each sample, stamped and unstamped. steps: ascent steps for a δ; more where
+    that carries a δ. public: public images for each sample, stamped or not. steps: ascent steps for a δ; more where
     `natural_radius` finds them too few. images: samples that a δ is searched on. targets: δ's renewed at a time, or
     half of them where that is more; those that fooled most when last tried. begin: share of the rounds, in [0, 1],
     before δ's are stamped. renew: rounds from one search for δ's to the next. temperature, only_trusted: which of the
