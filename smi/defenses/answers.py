@@ -1,9 +1,9 @@
 """What a removal may learn again from the suspect's answers to images without the trigger.
 
 They hold clean behaviour where nobody has clean data, and two things in them hold the backdoor as well. The small
-probabilities tell how near an image is to the trigger: on development victims I-BAU that was held to all of them saw a
-trigger fall to 10 % within four rounds and come back to 40 in the next eight. And an answer that one variation of an
-image gets and another does not is often one of those that the trigger would get. Both are left out.
+probabilities tell how near an image is to the trigger: I-BAU that was held to all answers saw a smooth trigger fall
+from 99 to 17 % within four rounds and come back to 57 in the next eight. And an answer that one variation of an image
+gets and another does not is often one of those that the trigger would get. Both can be left out.
 """
 
 from __future__ import annotations
