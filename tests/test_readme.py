@@ -164,14 +164,74 @@ def test_what_the_readme_says_of_distillation(tmp_path: Path) -> None:
 FRESH = ("restarted", "forgetting")
 
 
-def fresh_rows(name: str, cache: Path) -> list[Row]:
-    """All cells of a study of the fresh start, which the committed table has to hold."""
+def all_rows(name: str, cache: Path) -> list[Row]:
+    """All cells of a study of clean and SMI's samples, which the committed table has to hold."""
     kept = (ROOT / f"notebooks/results/{name}.csv").read_text()
     store = Store(ROOT / f"notebooks/results/{name}", cache)
     assert as_csv(read_rows(load_study(name), store)) == kept, f"run `smi study table {name} ...`"
     rows = from_csv(kept)
     assert len(rows) == len(load_study(name)) == 72
     return rows
+
+
+def on_the_same_victims(rows: list[Row]) -> tuple[list[Row], list[Row]]:
+    """Those of seeds 21 and 22, and I-BAU's of the same victims: the same to the digit of two rates."""
+    again = from_csv((ROOT / "notebooks/results/digits_again.csv").read_text())
+    again = [row for row in again if row["defense"] == "ibau"]
+    late = [row for row in rows if row["seed"] > 20]
+    before = {(r["attack"], r["seed"]): (r["acc_before"], r["asr_before"]) for r in again}
+    assert all(before[r["attack"], r["seed"]] == (r["acc_before"], r["asr_before"]) for r in late)
+    return late, again
+
+
+def gained(late: list[Row], again: list[Row], source: str, other: str) -> Difference:
+    """How far a removal with one source is ahead of I-BAU with another."""
+    pair = [row | {"source": "late", "defense": ""} for row in late if row["source"] == source]
+    found = compare(pair + [r | {"defense": ""} for r in again if r["source"] == other], "late", other)
+    assert found.cells == 24
+    return found
+
+
+def interval(found: Difference, word: str = "") -> str:
+    return f"{100 * found.mean:.1f} {word}({100 * found.low:.1f} to {100 * found.high:.1f})".replace("-", "−")
+
+
+def trusted_table(rows: list[Row]) -> str:
+    """Mean and worst over attacks and seeds by source, what is left of WaNet, and DER without it."""
+    header = "| samples | removals | ACC % | ASR % | DER % | WaNet: ASR % | without WaNet: DER % |"
+    lines = [header, "|---" * 7 + "|"]
+    by = {(row["attack"], row["source"]): row for row in summarise(rows, ("attack", "source"))}
+    rest = {r["source"]: r for r in summarise([r for r in rows if r["attack"] != "wanet"], ("source",))}
+    for found in sorted(summarise(rows, ("source",)), key=lambda row: -row["der"]):
+        rates = [f"{100 * found[rate]:.1f} ({100 * found[f'worst_{rate}']:.1f})" for rate in ("acc", "asr", "der")]
+        source = found["source"]
+        last = [f"{100 * by['wanet', source]['asr']:.1f}", f"{100 * rest[source]['der']:.1f}"]
+        lines.append("| " + " | ".join([sources[source].label, str(found["cells"]), *rates, *last]) + " |")
+    return "\n".join(lines)
+
+
+def test_what_the_readme_says_of_trusted_answers(tmp_path: Path) -> None:
+    rows = all_rows("trusted", tmp_path)
+    readme = (ROOT / "README.md").read_text()
+    made = trusted_table(rows)
+    assert made in readme, f"the README's table should be:\n{made}"
+    (told,) = [part for part in readme.split("\n\n") if part.startswith("- **It brings SMI nearer to clean samples")]
+    told = " ".join(told.split())
+    short, rest = (compare(some, "clean", "smi") for some in (rows, [r for r in rows if r["attack"] != "wanet"]))
+    late, again = on_the_same_victims(rows)
+    said = [interval(short, "points of DER below them "), interval(rest, "without WaNet ")]
+    said.append(interval(gained(late, again, "smi", "smi"), "by it "))
+    said.append(interval(gained(late, again, "clean", "clean")).replace(" (", ", ").removesuffix(")"))
+    left = {(r["attack"], r["source"]): r["asr"] for r in rows if r["seed"] == 21}
+    for attack, words in (
+        ("smooth", "{:.0f} % with clean samples and {:.0f} with SMI's"),
+        ("sig", "SIG {:.0f} and {:.0f}"),
+    ):
+        said.append(words.format(*(100 * left[attack, source] for source in ("clean", "smi"))))
+    by = {(row["attack"], row["source"]): row["asr"] for row in summarise(rows, ("attack", "source"))}
+    smi, clean = (100 * by["badnets_all2all", source] for source in ("smi", "clean"))
+    said.append(f"{smi:.1f} % with SMI's, {clean:.1f} with clean ones")
+    assert [words for words in said if words not in told] == [], said
 
 
 def fresh_table(studies: dict[str, list[Row]]) -> str:
@@ -192,28 +252,16 @@ def fresh_table(studies: dict[str, list[Row]]) -> str:
 
 
 def test_what_the_readme_says_of_the_fresh_start(tmp_path: Path) -> None:
-    studies = {name: fresh_rows(name, tmp_path) for name in FRESH}
+    studies = {name: all_rows(name, tmp_path) for name in FRESH}
     readme = (ROOT / "README.md").read_text()
     made = fresh_table(studies)
     assert made in readme, f"the README's table should be:\n{made}"
     (told,) = [part for part in readme.split("\n## ") if part.startswith("From a fresh start")]
     told = " ".join(told.split())
-    # The same victims without a fresh start: to the digit of two rates.
-    again = from_csv((ROOT / "notebooks/results/digits_again.csv").read_text())
-    again = [row for row in again if row["defense"] == "ibau"]
-    late = [row for row in studies["restarted"] if row["seed"] > 20]
-    before = {(r["attack"], r["seed"]): (r["acc_before"], r["asr_before"]) for r in again}
-    assert all(before[r["attack"], r["seed"]] == (r["acc_before"], r["asr_before"]) for r in late)
+    late, again = on_the_same_victims(studies["restarted"])
 
     def gain(source: str, other: str) -> Difference:
-        """How far the fresh start with one source is ahead of I-BAU with another."""
-        pair = [row | {"source": "fresh", "defense": ""} for row in late if row["source"] == source]
-        found = compare(pair + [r | {"defense": ""} for r in again if r["source"] == other], "fresh", other)
-        assert found.cells == 24
-        return found
-
-    def interval(found: Difference, word: str = "") -> str:
-        return f"{100 * found.mean:.1f} {word}({100 * found.low:.1f} to {100 * found.high:.1f})".replace("-", "−")
+        return gained(late, again, source, other)
 
     said = [interval(gain("clean", "clean")), interval(gain("smi", "smi")), interval(gain("smi", "clean"), "ahead ")]
     said.append(interval(compare(studies["restarted"], "clean", "smi")))
