@@ -1,7 +1,7 @@
 """A removal's fresh start: forget most of the weights, and learn again from what the suspect model says reliably.
 
 A backdoor sits in weights that clean images hardly use, and images without the trigger give no reason to build it
-again, with what `smi/defenses/answers.py` leaves out. Shrink and perturb is from Ash & Adams, "On Warm-Starting Neural
+again, provided that the answers leave out what `smi/defenses/answers.py` can leave out. Shrink and perturb is from Ash & Adams, "On Warm-Starting Neural
 Network Training" (NeurIPS 2020).
 """
 
