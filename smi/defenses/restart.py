@@ -1,8 +1,8 @@
 """A removal's fresh start: forget most of the weights, and learn again from what the suspect model says reliably.
 
 A backdoor sits in weights that clean images hardly use, and images without the trigger give no reason to build it
-again, provided that the answers leave out what `smi/defenses/answers.py` can leave out. Shrink and perturb is from Ash & Adams, "On Warm-Starting Neural
-Network Training" (NeurIPS 2020).
+again, if what is learned from leaves out what `smi/defenses/answers.py` names. Shrink and perturb is from Ash & Adams,
+"On Warm-Starting Neural Network Training" (NeurIPS 2020).
 """
 
 from __future__ import annotations
