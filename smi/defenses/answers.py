@@ -3,7 +3,14 @@
 They hold clean behaviour where nobody has clean data, and two things in them hold the backdoor as well. The small
 probabilities tell how near an image is to the trigger: I-BAU that was held to all answers saw a smooth trigger fall
 from 99 to 17 % within four rounds and come back to 57 in the next eight. And an answer that one variation of an image
-gets and another does not is often one of those that the trigger would get. Both can be left out.
+gets and another does not is often one of those that the trigger would get. Both can be left out, and what is left need
+not be held as firmly.
+
+With SMI's samples, over eleven attacks on one small CNN (all but WaNet, development seeds 100 and 101), I-BAU that is
+held to all answers with a weight of 80 ends at 96.4 % accuracy and 10.6 % attack success; with a temperature of 0.5,
+only trusted answers and two public images a sample at 96.3 and 3.2; with a weight of 20 as well at 96.1 and 3.0. Of SIG
+and smooth triggers in six further models, with clean samples, these three leave 16, 13 and 8 %. But of a patch in a
+plain CNN they leave 12, 26 and 32 % (mean of three removals each), so that `Robust` holds all answers by default.
 """
 
 from __future__ import annotations
