@@ -10,7 +10,8 @@ With SMI's samples, over eleven attacks on one small CNN (all but WaNet, develop
 held to all answers with a weight of 80 ends at 96.4 % accuracy and 10.6 % attack success; with a temperature of 0.5,
 only trusted answers and two public images a sample at 96.3 and 3.2; with a weight of 20 as well at 96.1 and 3.0. Of SIG
 and smooth triggers in six further models, with clean samples, these three leave 16, 13 and 8 %. But of a patch in a
-plain CNN they leave 12, 26 and 32 % (mean of three removals each), so that `Robust` holds all answers by default.
+plain CNN they leave 12, 26 and 32 % (mean of three removals each), so that `Robust` holds all answers by default. All
+answers with a weight of 20 leave 8 % there, 6.5 % of the eleven attacks at 96.2, and 8 % of SIG and smooth.
 """
 
 from __future__ import annotations
