@@ -164,13 +164,13 @@ def test_what_the_readme_says_of_distillation(tmp_path: Path) -> None:
 FRESH = ("restarted", "forgetting")
 
 
-def all_rows(name: str, cache: Path) -> list[Row]:
-    """All cells of a study, which the committed table has to hold."""
+def all_rows(name: str, cache: Path, cells: int) -> list[Row]:
+    """All ``cells`` of a study, which the committed table has to hold."""
     kept = (ROOT / f"notebooks/results/{name}.csv").read_text()
     store = Store(ROOT / f"notebooks/results/{name}", cache)
     assert as_csv(read_rows(load_study(name), store)) == kept, f"run `smi study table {name} ...`"
     rows = from_csv(kept)
-    assert len(rows) == len(load_study(name))
+    assert len(rows) == len(load_study(name)) == cells
     return rows
 
 
@@ -211,7 +211,7 @@ def trusted_table(rows: Sequence[Row]) -> str:
 
 
 def test_what_the_readme_says_of_trusted_answers(tmp_path: Path) -> None:
-    rows = all_rows("trusted", tmp_path)
+    rows = all_rows("trusted", tmp_path, 324)
     readme = (ROOT / "README.md").read_text()
     made = trusted_table(rows)
     assert made in readme, f"the README's table should be:\n{made}"
@@ -246,7 +246,7 @@ def fresh_table(studies: dict[str, list[Row]]) -> str:
 
 
 def test_what_the_readme_says_of_the_fresh_start(tmp_path: Path) -> None:
-    studies = {name: all_rows(name, tmp_path) for name in FRESH}
+    studies = {name: all_rows(name, tmp_path, 72) for name in FRESH}
     readme = (ROOT / "README.md").read_text()
     made = fresh_table(studies)
     assert made in readme, f"the README's table should be:\n{made}"
