@@ -95,44 +95,56 @@ def test_the_study_is_the_committed_cells_and_the_readmes_table_is_the_study(tmp
     assert made in (ROOT / "README.md").read_text(), f"the README's table should be:\n{made}"
 
 
-def test_what_the_readme_says_of_the_study() -> None:
+def interval(found: Difference, word: str = "") -> str:
+    return f"{100 * found.mean:.1f} {word}({100 * found.low:.1f} to {100 * found.high:.1f})".replace("-", "−")
+
+
+def victims(rows: Sequence[Row]) -> dict[tuple[Any, Any], tuple[Any, Any]]:
+    """Their rates before removal, which tell one training of a victim from another."""
+    return {(row["attack"], row["seed"]): (row["acc_before"], row["asr_before"]) for row in rows}
+
+
+def ibau_rows() -> list[Row]:
+    """I-BAU's of `digits`."""
     rows = from_csv((ROOT / "notebooks/results/digits.csv").read_text())
-    ibau = [row for row in rows if row["defense"] == "ibau"]
-    short = compare(ibau, "clean", "smi")
-    said = [
-        f"SMI is {100 * short.mean:.1f} points of DER below clean samples** (95 % interval over attacks "
-        f"{100 * short.low:.1f} to {100 * short.high:.1f})"
-    ]
+    return [row for row in rows if row["defense"] == "ibau"]
+
+
+def gained(rows: Sequence[Row], others: Sequence[Row], source: str, other: str, cells: int) -> Difference:
+    """How far removals with a source are ahead of other removals of the same victims with another."""
+    pairs = [
+        row | {"source": name, "defense": ""}
+        for name, some, wanted in (("rows", rows, source), ("others", others, other))
+        for row in some if row["source"] == wanted
+    ]  # fmt: skip
+    found = compare(pairs, "rows", "others")
+    assert found.cells == cells
+    return found
+
+
+def test_what_the_readme_says_of_the_study() -> None:
+    kept = from_csv((ROOT / "notebooks/results/digits.csv").read_text())
+    assert all(victims([row]).items() <= victims(kept).items() for row in kept), "all removals meet the same victims"
+    ibau = ibau_rows()
+    said = [interval(compare(ibau, "clean", "smi"), "points of DER below clean samples** ")]
+    said[0] = said[0].replace("** (", "** (95 % interval over attacks ")
     for source in ("latent", "public", "random", "pixel"):
         ahead = compare(ibau, "smi", source)
         assert ahead.cells == 36
-        said.append(f"by {100 * ahead.mean:.1f} ({100 * ahead.low:.1f} to {100 * ahead.high:.1f})".replace("-", "−"))
+        said.append(f"by {interval(ahead)}")
     by = {(row["attack"], row["source"]): row for row in summarise(ibau, ("attack", "source"))}
-    for attack in ("smooth", "badnets_all2all"):
-        said += [f"{100 * by[attack, source]['asr']:.1f} %" for source in ("smi", "clean")]
-    hard = ("smooth", "badnets_all2all", "wanet")
-    rest = {row["source"]: row["der"] for row in summarise([r for r in ibau if r["attack"] not in hard], ("source",))}
-    said.append(f"{100 * rest['smi']:.1f} against {100 * rest['clean']:.1f}")
     for source in ("smi", "clean"):
         left = {row["seed"]: row["asr"] for row in ibau if (row["attack"], row["source"]) == ("smooth", source)}
         said.append("{:.0f}, {:.0f} and {:.0f} %".format(*(100 * left[seed] for seed in (20, 21, 22))))
-    seeds = summarise([row for row in ibau if row["source"] == "clean"], ("seed",))
-    of_seed = {row["seed"]: row["der"] for row in seeds}
-    assert max(of_seed, key=of_seed.__getitem__) == 20
-    everything = summarise([row for row in ibau if row["source"] == "clean"], ("source",))[0]
-    said.append(f"{100 * of_seed[20]:.1f} there and {100 * everything['der']:.1f} over all")
-    again = from_csv((ROOT / "notebooks/results/digits_again.csv").read_text())
-    late = [row for row in ibau if row["seed"] > 20]
-    clean = [summarise([r for r in rows if r["source"] == "clean"], ("source",))[0]["der"] for rows in (again, late)]
-    said.append(f"clean samples {100 * clean[0]:.1f} there, {100 * clean[1]:.1f} before")
-    same = again + [r for r in ibau if r["source"] == "input" or (r["seed"] == 20 and r["source"] in ("clean", "smi"))]
-    ahead, behind = compare(same, "input", "smi"), compare(same, "clean", "input")
-    assert ahead.cells == behind.cells == 36
-    for found, words in ((ahead, "ahead of SMI by {:.1f}"), (behind, "({:.1f} below")):
-        said.append(words.format(100 * found.mean))
-        said.append(f"{100 * found.low:.1f} to {100 * found.high:.1f})".replace("-", "−"))
+    excess = {attack: 100 * (by[attack, "smi"]["asr"] - by[attack, "clean"]["asr"]) for attack, _ in by}
+    assert max(excess, key=excess.__getitem__) == "wanet"
+    rest = [row for row in ibau if row["attack"] != "wanet"]
+    said.append(interval(compare(rest, "clean", "smi")))
+    said.append(f"at most {max(value for attack, value in excess.items() if attack != 'wanet'):.1f} points")
+    seeds = {r["seed"]: r["der"] for r in summarise([r for r in ibau if r["source"] == "clean"], ("seed",))}
+    said.append(", ".join(f"{100 * seeds[seed]:.1f}" for seed in (20, 21)) + f" and {100 * seeds[22]:.1f}")
     text = " ".join((ROOT / "README.md").read_text().split())
-    assert [words for words in said if words not in text] == []
+    assert [words for words in said if words not in text] == [], said
 
 
 def test_what_the_readme_says_of_distillation(tmp_path: Path) -> None:
@@ -140,10 +152,13 @@ def test_what_the_readme_says_of_distillation(tmp_path: Path) -> None:
     assert (
         as_csv(read_rows(load_study("distillation"), Store(ROOT / "notebooks/results/distillation", tmp_path))) == kept
     )
-    # There fine-tuning distils and I-BAU does not; in the other, on the same victims, it is the other way round.
-    one, other = (from_csv((ROOT / f"notebooks/results/distillation{s}.csv").read_text()) for s in ("", "_again"))
-    victims = [{(r["attack"], r["seed"]): (r["acc_before"], r["asr_before"]) for r in rows} for rows in (one, other)]
-    assert victims[0] == victims[1]
+    # There fine-tuning distils and I-BAU does not; in `digits`, on the same victims, it is the other way round.
+    one = from_csv(kept)
+    attacked = {(row["attack"], row["seed"]) for row in one}
+    rows = from_csv((ROOT / "notebooks/results/digits.csv").read_text())
+    other = [r for r in rows if (r["attack"], r["seed"]) in attacked and r["source"] in ("clean", "smi")]
+    other = [r for r in other if r["defense"] in ("ft", "ibau")]
+    assert victims(one) == victims(other)
     without, held = (
         {(r["source"], r["defense"]): r for r in summarise(rows, ("source", "defense"))} for rows in (one, other)
     )
@@ -156,6 +171,10 @@ def test_what_the_readme_says_of_distillation(tmp_path: Path) -> None:
             for rows in (other, one)
         ]
         said += [f"{100 * sum(r['asr'] for r in rows) / len(rows):.0f}" for rows in warp]
+    # The same removals held four times as firmly.
+    firm, ibau = all_rows("firm", tmp_path, 72), ibau_rows()
+    assert victims(firm) == victims(ibau)
+    said += [interval(gained(ibau, firm, source, source, 36)) for source in ("clean", "smi")]
     text = " ".join((ROOT / "README.md").read_text().split())
     (told,) = [part for part in text.split("- **") if part.startswith("Distillation")]
     assert [words for words in said if words not in told] == [], said
@@ -172,28 +191,6 @@ def all_rows(name: str, cache: Path, cells: int) -> list[Row]:
     rows = from_csv(kept)
     assert len(rows) == len(load_study(name)) == cells
     return rows
-
-
-def on_the_same_victims(rows: list[Row]) -> tuple[list[Row], list[Row]]:
-    """Those of seeds 21 and 22, and I-BAU's of the same victims: the same to the digit of two rates."""
-    again = from_csv((ROOT / "notebooks/results/digits_again.csv").read_text())
-    again = [row for row in again if row["defense"] == "ibau"]
-    late = [row for row in rows if row["seed"] > 20]
-    before = {(r["attack"], r["seed"]): (r["acc_before"], r["asr_before"]) for r in again}
-    assert all(before[r["attack"], r["seed"]] == (r["acc_before"], r["asr_before"]) for r in late)
-    return late, again
-
-
-def gained(late: list[Row], again: list[Row], source: str, other: str) -> Difference:
-    """How far a removal with one source is ahead of I-BAU with another."""
-    pair = [row | {"source": "late", "defense": ""} for row in late if row["source"] == source]
-    found = compare(pair + [r | {"defense": ""} for r in again if r["source"] == other], "late", other)
-    assert found.cells == 24
-    return found
-
-
-def interval(found: Difference, word: str = "") -> str:
-    return f"{100 * found.mean:.1f} {word}({100 * found.low:.1f} to {100 * found.high:.1f})".replace("-", "−")
 
 
 def trusted_table(rows: Sequence[Row]) -> str:
@@ -217,9 +214,11 @@ def test_what_the_readme_says_of_trusted_answers(tmp_path: Path) -> None:
     assert made in readme, f"the README's table should be:\n{made}"
     (told,) = [part for part in readme.split("\n## ") if part.startswith("Held to less")]
     told = " ".join(told.split())
-    late, again = on_the_same_victims([row for row in rows if row["source"] in ("clean", "smi")])
-    said = [interval(gained(late, again, "clean", "clean"), "points of DER by it ")]
-    said.append(f"SMI's {interval(gained(late, again, 'smi', 'smi'))}")
+    ibau = ibau_rows()
+    assert victims(rows) == victims(ibau)
+    said = [interval(gained(rows, ibau, "clean", "clean", 36), "points of DER by it ")]
+    for source, label in (("smi", "SMI's"), ("deepinversion", "DeepInversion's")):
+        said.append(f"{label} {interval(gained(rows, ibau, source, source, 36))}")
     said.append(interval(compare(rows, "clean", "smi"), "below clean samples "))
     said += [
         f"by {interval(compare(rows, 'smi', source))}" for source in ("deepinversion", "pixel", "random", "public")
@@ -252,16 +251,14 @@ def test_what_the_readme_says_of_the_fresh_start(tmp_path: Path) -> None:
     assert made in readme, f"the README's table should be:\n{made}"
     (told,) = [part for part in readme.split("\n## ") if part.startswith("From a fresh start")]
     told = " ".join(told.split())
-    late, again = on_the_same_victims(studies["restarted"])
-
-    def gain(source: str, other: str) -> Difference:
-        return gained(late, again, source, other)
-
-    said = [interval(gain("clean", "clean")), interval(gain("smi", "smi")), interval(gain("smi", "clean"), "ahead ")]
-    said.append(interval(compare(studies["restarted"], "clean", "smi")))
+    alone = [row for row in ibau_rows() if row["source"] in ("clean", "smi")]
+    fresh = studies["restarted"]
+    assert victims(fresh) == victims(studies["forgetting"]) == victims(alone)
+    said = [interval(gained(fresh, alone, source, source, 36)) for source in ("clean", "smi")]
+    said.append(interval(compare(fresh, "clean", "smi")))
     for attack in ("sig", "label_consistent"):
         left = [
-            [row["asr"] for row in rows if (row["attack"], row["source"]) == (attack, "smi")] for rows in (late, again)
+            [row["asr"] for row in rows if (row["attack"], row["source"]) == (attack, "smi")] for rows in (fresh, alone)
         ]
         said.append("{:.0f} % ({:.0f} % without)".format(*(100 * sum(rates) / len(rates) for rates in left)))
     assert [words for words in said if words not in told] == [], said
@@ -350,8 +347,10 @@ def test_the_analysis_is_that_of_the_committed_cells_and_what_the_readme_says_of
         known = [row["judge_accuracy"] for row in ibau if row["source"] == source]
         said.append(f"{100 * sum(known) / len(known):.0f} %")
     present = {r["attack"]: r["presence_target"] for r in ibau if r["source"] == "smi"}
-    said.append(f"at most {100 * max(value for attack, value in present.items() if attack != 'wanet'):.0f} %")
+    assert {attack for attack, value in present.items() if value} == {"wanet", "input_aware"}
+    said.append(f"in {100 * present['input_aware']:.0f} % for `input_aware`")
     assert present["wanet"] == 1
+    assert {row["seed"] for row in rows} == {20}
     (random,) = [r["presence_target"] for r in ibau if (r["source"], r["attack"]) == ("random", "wanet")]
     said.append(f"{100 * random:.0f} % of random images")
     text = " ".join((ROOT / "README.md").read_text().split())

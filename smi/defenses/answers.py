@@ -3,15 +3,19 @@
 They hold clean behaviour where nobody has clean data, and two things in them hold the backdoor as well. The small
 probabilities tell how near an image is to the trigger: I-BAU that was held to all answers saw a smooth trigger fall
 from 99 to 17 % within four rounds and come back to 57 in the next eight. And an answer that one variation of an image
-gets and another does not is often one of those that the trigger would get. Both can be left out, and what is left need
-not be held as firmly.
+gets and another does not is often one of those that the trigger would get. Both can be left out, or what is learned
+again can weigh less.
 
-With SMI's samples, over eleven attacks on one small CNN (all but WaNet, development seeds 100 and 101), I-BAU that is
-held to all answers with a weight of 80 ends at 96.4 % accuracy and 10.6 % attack success; with a temperature of 0.5,
-only trusted answers and two public images a sample at 96.3 and 3.2; with a weight of 20 as well at 96.1 and 3.0. Of SIG
-and smooth triggers in six further models, with clean samples, these three leave 16, 13 and 8 %. But of a patch in a
-plain CNN they leave 12, 26 and 32 % (mean of three removals each), so that `Robust` holds all answers by default. All
-answers with a weight of 20 leave 8 % there, 6.5 % of the eleven attacks at 96.2, and 8 % of SIG and smooth.
+The last is what `Robust` does by default. What I-BAU left, with all answers or with sharpened ones (a temperature of
+0.5, only trusted answers, two public images a sample), by the weight of distillation:
+
+                                                                        all, 80   all, 20   sharp, 80   sharp, 20
+    small CNN, eleven attacks (seeds 100 and 101), SMI's samples         10.6 %     6.5 %       3.2 %       3.0 %
+        accuracy there                                                   96.4 %    96.2 %      96.3 %      96.1 %
+    small CNN, SIG and smooth (seeds 102 to 107), clean samples            16 %       8 %        13 %         8 %
+    plain CNN, a patch, reconstructions, mean of three removals            12 %       8 %        26 %        32 %
+
+The lower weight is better on both architectures, the rest on one alone.
 """
 
 from __future__ import annotations

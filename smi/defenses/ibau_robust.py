@@ -10,8 +10,8 @@ stability are hard to fool and would ask for another C each time, and is a multi
 a δ no stronger than needed stays weaker than the trigger (on one plain CNN unlearning such δ's left two thirds of
 a patch); as many public images are stamped, with the suspect's labels; clean behaviour is held by distillation on
 unstamped samples and public images, so that accuracy costs little (neither is done with public images in which the
-suspect recognises nothing, see `recognised`); and the outer gradient is first-order: δ is found
-afresh, so that nothing implicit is left to follow.
+suspect recognises nothing, see `recognised`), but not firmly, because what the suspect says of them holds some of the
+backdoor, too; and the outer gradient is first-order: δ is found afresh, so that nothing implicit is left to follow.
 
 With more δ's than twice `Robust.targets` each is stamped seldom, while clean behaviour is held as firmly as ever. There
 the δ's are stamped by the square of how they fool at the natural radius, where a backdoor stands out (at C all classes
@@ -61,7 +61,7 @@ class Robust:
     suspect's answers hold clean behaviour, see `TrustedAnswers`.
     """
 
-    schedule: Schedule = field(default_factory=lambda: Schedule(rounds=12, lr=3e-3, batch_size=30, distill=80.0))
+    schedule: Schedule = field(default_factory=lambda: Schedule(rounds=12, lr=3e-3, batch_size=30, distill=20.0))
     goal: float = 0.5
     reach: float = 3.0
     radius: float | None = None
