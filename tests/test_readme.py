@@ -124,7 +124,8 @@ def gained(rows: Sequence[Row], others: Sequence[Row], source: str, other: str, 
 
 def test_what_the_readme_says_of_the_study() -> None:
     kept = from_csv((ROOT / "notebooks/results/digits.csv").read_text())
-    assert all(victims([row]).items() <= victims(kept).items() for row in kept), "all removals meet the same victims"
+    met = {(row["attack"], row["seed"], row["acc_before"], row["asr_before"]) for row in kept}
+    assert len(met) == 36, "all removals meet the same victims"
     ibau = ibau_rows()
     said = [interval(compare(ibau, "clean", "smi"), "points of DER below clean samples** ")]
     said[0] = said[0].replace("** (", "** (95 % interval over attacks ")
@@ -330,7 +331,7 @@ def test_what_the_readme_says_of_detection(tmp_path: Path) -> None:
     assert sorted(name for name, count in hits.items() if count == 1) == ["label_consistent", "sig"]
     assert sum(count == 3 for count in hits.values()) == 7
     text = " ".join((ROOT / "README.md").read_text().split())
-    assert f"Of the {len(victims)} backdoored models of the study below it finds {sum(hits.values())}, " in text
+    assert f"Of {len(victims)} models with the backdoors of the study below it finds {sum(hits.values())}, " in text
     assert f"no alarm on {len(clean)} clean ones" in text
 
 

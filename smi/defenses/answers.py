@@ -15,7 +15,7 @@ The last is what `Robust` does by default. What I-BAU left, with all answers or 
     small CNN, SIG and smooth (seeds 102 to 107), clean samples            16 %       8 %        13 %         8 %
     plain CNN, a patch, reconstructions, mean of three removals            12 %       8 %        26 %        32 %
 
-The lower weight is better on both architectures, the rest on one alone.
+With all answers the lower weight is better on both architectures; sharpened ones are better on one alone.
 """
 
 from __future__ import annotations
