@@ -318,12 +318,12 @@ def test_published_share_never_rounds_to_nothing() -> None:
     assert all(seen.values())
 
 
-def test_schedule_warms_up_and_decays_to_zero() -> None:
-    factor = _warm_cosine(100)
-    assert factor(0) == pytest.approx(0.1)
-    assert factor(10) == pytest.approx(1.0)
-    assert factor(99) < 0.01
-    assert all(factor(i) >= factor(i + 1) for i in range(10, 99))
+@pytest.mark.parametrize(("warmup", "steps"), [(0.0, 1), (0.1, 10), (0.25, 25), (1.0, 100)])
+def test_schedule_warms_up_and_decays_to_zero(warmup: float, steps: int) -> None:
+    factor = _warm_cosine(100, warmup)
+    assert [factor(i) for i in range(steps)] == pytest.approx([(i + 1) / steps for i in range(steps)])
+    assert all(factor(i) >= factor(i + 1) for i in range(steps, 99))
+    assert steps == 100 or (factor(steps) == pytest.approx(1.0) and factor(99) < 0.01)
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,9 @@ class Robust:
     suspect's answers hold clean behaviour, see `TrustedAnswers`.
     """
 
-    schedule: Schedule = field(default_factory=lambda: Schedule(rounds=12, lr=3e-3, batch_size=30, distill=20.0))
+    schedule: Schedule = field(
+        default_factory=lambda: Schedule(rounds=12, lr=3e-3, batch_size=30, warmup=0.25, distill=20.0)
+    )
     goal: float = 0.5
     reach: float = 3.0
     radius: float | None = None
