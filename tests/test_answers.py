@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from thirds import linear_thirds, rng, thirds
@@ -83,11 +85,11 @@ def test_all_answers_as_they_are_is_distillation() -> None:
 
 
 @pytest.mark.parametrize(("per_sample", "shown"), [(0.0, 60), (1.0, 120), (2.5, 210)])
-def test_public_images_go_beside_samples_where_the_suspect_recognises_them(per_sample: float, shown: int) -> None:
-    public = PublicImages(thirds(30).images)
-    for factor, expected in ((10.0, shown), (0.0, 60)):  # sure, and never sure
-        suspect, seen = Louder(linear_thirds(), factor), []
-        answers = TrustedAnswers(suspect, public, rng(2), per_sample=per_sample)
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "only_trusted": False}])  # with labels, and without
+def test_public_images_go_beside_samples(per_sample: float, shown: int, settings: dict[str, Any]) -> None:
+    for public, expected in ((PublicImages(thirds(30).images), shown), (None, 60)):
+        seen: list[int] = []
+        answers = TrustedAnswers(linear_thirds(), public, rng(2), per_sample=per_sample, **settings)
 
         def run(images: Tensor, seen: list[int] = seen) -> Tensor:
             seen.append(len(images))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from smi.attacks import BadNets
 from smi.classifiers import build_classifier
 from smi.compute import fast
 from smi.defenses import IBAU, FineTune, Published, Restarted, Robust, Schedule, defenses, ibau_robust
-from smi.defenses.base import LARGEST_STEP, Distillation, _warm_cosine, bearable, recognised
+from smi.defenses.base import LARGEST_STEP, Distillation, _warm_cosine, bearable, recognised, train_repair
 from smi.defenses.ibau_robust import _Adversary, _PseudoLabelled
 from smi.defenses.universal import natural_radius, universal
 from smi.domains import PrivateSet, PublicImages, Samples
@@ -84,14 +84,32 @@ def test_public_images_count_only_where_the_suspect_recognises_something_in_them
         assert shown[-1] == asked
 
 
-def test_ibau_stamps_public_images_only_where_the_suspect_recognises_something(monkeypatch) -> None:
-    asked = []
-    monkeypatch.setattr(ibau_robust, "recognised", lambda model, public: asked.append(public))
-    monkeypatch.setattr(ibau_robust, "_PseudoLabelled", None)  # calling it would fail
+@pytest.mark.parametrize("known", [True, False])
+def test_ibau_uses_public_images_only_where_the_suspect_recognises_something(monkeypatch, known: bool) -> None:
+    asked, stamped, held = [], [], []
+
+    class Stamped(ibau_robust._PseudoLabelled):
+        def __init__(self, model, public, rng) -> None:
+            stamped.append(public)
+            super().__init__(model, public, rng)
+
+    class Held(ibau_robust.TrustedAnswers):
+        def __init__(self, model, public, rng, **settings) -> None:
+            held.append(public)
+            super().__init__(model, public, rng, **settings)
+
+    def recognised(model: nn.Module, public: PublicImages) -> PublicImages | None:
+        asked.append(public)
+        return public if known else None
+
+    monkeypatch.setattr(ibau_robust, "recognised", recognised)
+    monkeypatch.setattr(ibau_robust, "_PseudoLabelled", Stamped)
+    monkeypatch.setattr(ibau_robust, "TrustedAnswers", Held)
     seen = PublicImages(samples(40).images)
     solver = Robust(radius=1.0, schedule=Schedule(rounds=1))
     IBAU(solver=solver).repair(tiny_model(), samples(40), seen)
     assert asked == [seen]
+    assert (stamped, held) == (([seen], [seen]) if known else ([], [None]))
 
 
 @pytest.mark.parametrize(("needed", "taken"), [(4, 4), (5, 12), (12, 12), (13, 36), (99, 36)])
@@ -324,6 +342,25 @@ def test_schedule_warms_up_and_decays_to_zero(warmup: float, steps: int) -> None
     assert [factor(i) for i in range(steps)] == pytest.approx([(i + 1) / steps for i in range(steps)])
     assert all(factor(i) >= factor(i + 1) for i in range(steps, 99))
     assert steps == 100 or (factor(steps) == pytest.approx(1.0) and factor(99) < 0.01)
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [(0.1, 3), (0.5, 15), (1.0, 30)])
+def test_training_warms_up_for_as_long_as_the_schedule_says(warmup: float, steps: int) -> None:
+    """The first step of Adam is the rate itself, whatever the gradient."""
+    schedule = Schedule(rounds=10, batch_size=20, lr=0.1, weight_decay=0.0, warmup=warmup)
+    at: list[float] = []
+    train_repair(
+        Learned(), thirds(60), schedule, lambda run, images, labels: F.cross_entropy(run(images), labels),
+        seed=0, after_step=lambda model: at.append(cast(Learned, model).thirds.item()),
+    )  # fmt: skip
+    assert len(at) == 30
+    assert abs(at[0] - 2.0) == pytest.approx(0.1 / steps, rel=1e-3)
+
+
+@pytest.mark.parametrize("bad", [{"rounds": 0}, {"batch_size": 1}, {"lr": -1.0}, {"warmup": 1.5}, {"distill": -1.0}])
+def test_a_schedule_is_checked(bad) -> None:
+    with pytest.raises(InputError, match=next(iter(bad))):
+        Schedule(**bad)
 
 
 @pytest.mark.parametrize(

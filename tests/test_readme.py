@@ -122,7 +122,7 @@ def gained(rows: Sequence[Row], others: Sequence[Row], source: str, other: str, 
     return found
 
 
-def test_what_the_readme_says_of_the_study() -> None:
+def test_what_the_readme_says_of_the_study(tmp_path: Path) -> None:
     kept = from_csv((ROOT / "notebooks/results/digits.csv").read_text())
     met = {(row["attack"], row["seed"], row["acc_before"], row["asr_before"]) for row in kept}
     assert len(met) == 36, "all removals meet the same victims"
@@ -142,6 +142,10 @@ def test_what_the_readme_says_of_the_study() -> None:
     rest = [row for row in ibau if row["attack"] != "wanet"]
     said.append(interval(compare(rest, "clean", "smi")))
     said.append(f"at most {max(value for attack, value in excess.items() if attack != 'wanet'):.1f} points")
+    abrupt = all_rows("abrupt", tmp_path, 324)
+    assert victims(abrupt) == victims(ibau)
+    said.append(f"gains {interval(gained(ibau, abrupt, 'clean', 'clean', 36))} with clean samples")
+    said.append(f"{interval(gained(ibau, abrupt, 'smi', 'smi', 36))} with SMI's")
     seeds = {r["seed"]: r["der"] for r in summarise([r for r in ibau if r["source"] == "clean"], ("seed",))}
     said.append(", ".join(f"{100 * seeds[seed]:.1f}" for seed in (20, 21)) + f" and {100 * seeds[22]:.1f}")
     text = " ".join((ROOT / "README.md").read_text().split())

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from smi.augment import vary
 from smi.compute import Runner, frozen, predict
-from smi.defenses.base import ask, recognised
+from smi.defenses.base import ask
 from smi.domains.base import PublicImages
 
 
@@ -36,8 +36,8 @@ class TrustedAnswers:
     An answer is trusted where its label is that of the image as it is; for a sample, the label that it comes with.
     Variations are those of `smi.augment.vary`, afresh each step. temperature: of the answers, in [0, 1]. At 1 they are
     the suspect's probabilities, below 1 the small ones shrink, and the distance is ``KL(answers ‖ repaired)``; at 0
-    they are labels, and it is the cross-entropy. only_trusted: False holds every answer. per_sample: public images a
-    sample; none where the suspect has not `recognised` them.
+    they are labels, and it is the cross-entropy. only_trusted: False holds every answer. public: images that the
+    suspect has `recognised`, ``per_sample`` of them a sample, or None.
     """
 
     def __init__(
@@ -52,17 +52,19 @@ class TrustedAnswers:
     ) -> None:
         self._suspect, self._rng = frozen(model), rng
         self._temperature, self._only_trusted, self._per_sample = temperature, only_trusted, per_sample
-        public = recognised(self._suspect, public) if per_sample else None
         self._images = None if public is None else public.images
-        self._labels = None if public is None else predict(self._suspect, public.images).argmax(1)
+        self._labels: Tensor | None = None
+        if public is not None and (only_trusted or not temperature):
+            self._labels = predict(self._suspect, public.images).argmax(1)
 
     def __call__(self, run: Runner, images: Tensor, labels: Tensor) -> Tensor:
         """Scalar loss on ``images`` ``[N, C, H, W]`` with ``labels`` ``[N]``, and public images."""
-        if self._images is not None and self._labels is not None:
+        if self._images is not None:
             count = round(self._per_sample * len(images))
             extra = torch.randint(len(self._images), (count,), generator=self._rng)
             images = torch.cat([images, self._images[extra].to(images.device)])
-            labels = torch.cat([labels, self._labels[extra].to(labels.device)])
+            if self._labels is not None:
+                labels = torch.cat([labels, self._labels[extra].to(labels.device)])
         varied = vary(images, self._rng)
         logits = ask(self._suspect, varied)
         trusted = (logits.argmax(1) == labels).float() if self._only_trusted else torch.ones(len(varied)).to(logits)

@@ -11,7 +11,9 @@ a δ no stronger than needed stays weaker than the trigger (on one plain CNN unl
 a patch); as many public images are stamped, with the suspect's labels; clean behaviour is held by distillation on
 unstamped samples and public images, so that accuracy costs little (neither is done with public images in which the
 suspect recognises nothing, see `recognised`), but not firmly, because what the suspect says of them holds some of the
-backdoor, too; and the outer gradient is first-order: δ is found afresh, so that nothing implicit is left to follow.
+backdoor, too; the rate rises slowly, because long steps on the first δ's wreck some models (a rise over a tenth of the
+steps left a plain VGG on digits, development seed 100, with 78 to 92 % accuracy, one over a quarter with 93 to 95); and
+the outer gradient is first-order: δ is found afresh, so that nothing implicit is left to follow.
 
 With more δ's than twice `Robust.targets` each is stamped seldom, while clean behaviour is held as firmly as ever. There
 the δ's are stamped by the square of how they fool at the natural radius, where a backdoor stands out (at C all classes
@@ -108,11 +110,11 @@ class Robust:
         adversary = _Adversary(self, model, samples, public, inner)
         classes = torch.arange(samples.num_classes)
         first = current().once("search", inner, lambda: adversary.search(model, classes, adversary.natural))
+        known = recognised(frozen(model), public) if self.public else None
         hold = TrustedAnswers(
-            model, public, held, temperature=self.temperature, only_trusted=self.only_trusted, per_sample=self.public
+            model, known, held, temperature=self.temperature, only_trusted=self.only_trusted, per_sample=self.public
         )
         weight = self.schedule.distill * adversary.share
-        known = recognised(frozen(model), public) if self.public else None
         more = _PseudoLabelled(model, known, shared) if known is not None else None
 
         def loss(run: Runner, images: Tensor, labels: Tensor) -> Tensor:
