@@ -1,4 +1,4 @@
-"""The README's tables are the committed results, and its picture the notebook's."""
+"""The tables of the README and of the evidence are the committed results, and the picture is the notebook's."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from smi.study import Store, load_study, read_rows, summarise
 from smi.study.results import Difference, Row, as_csv, compare, from_csv
 
 ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+EVIDENCE = (ROOT / "notebooks/results/README.md").read_text()
 ROWS = {
     "none": "no defense",
     "public": "public images, pseudo-labels | fine-tuning",
@@ -58,7 +60,7 @@ def test_the_table_is_that_of_the_committed_runs() -> None:
     assert [record["seed"] for record in records] == [10, 11, 12, 13, 14]
     settings = [record["settings"] for record in records]
     assert all(s == settings[0] for s in settings), "the settings must be the same for every seed"
-    assert table(records) in (ROOT / "README.md").read_text(), f"the README's table should be:\n{table(records)}"
+    assert table(records) in README, f"the README's table should be:\n{table(records)}"
 
 
 def test_the_committed_settings_are_the_current_defaults() -> None:
@@ -92,7 +94,7 @@ def test_the_study_is_the_committed_cells_and_the_readmes_table_is_the_study(tmp
         "run `smi study table digits --out notebooks/results/digits --csv notebooks/results/digits.csv --force`"
     )
     made = study_table(from_csv(kept))
-    assert made in (ROOT / "README.md").read_text(), f"the README's table should be:\n{made}"
+    assert made in README, f"the README's table should be:\n{made}"
 
 
 def interval(found: Difference, word: str = "") -> str:
@@ -122,7 +124,18 @@ def gained(rows: Sequence[Row], others: Sequence[Row], source: str, other: str, 
     return found
 
 
-def test_what_the_readme_says_of_the_study(tmp_path: Path) -> None:
+def absent(said: Sequence[str], text: str) -> list[str]:
+    """What is said is to be in the text, wherever lines end."""
+    return [words for words in said if words not in " ".join(text.split())]
+
+
+def paragraph(text: str, starts: str, mark: str) -> str:
+    """The part of a text that begins so, up to the next ``mark``."""
+    (found,) = [part for part in text.split(mark) if part.startswith(starts)]
+    return found
+
+
+def test_what_the_readme_says_of_the_study() -> None:
     kept = from_csv((ROOT / "notebooks/results/digits.csv").read_text())
     met = {(row["attack"], row["seed"], row["acc_before"], row["asr_before"]) for row in kept}
     assert len(met) == 36, "all removals meet the same victims"
@@ -142,17 +155,20 @@ def test_what_the_readme_says_of_the_study(tmp_path: Path) -> None:
     rest = [row for row in ibau if row["attack"] != "wanet"]
     said.append(interval(compare(rest, "clean", "smi")))
     said.append(f"at most {max(value for attack, value in excess.items() if attack != 'wanet'):.1f} points")
-    abrupt = all_rows("abrupt", tmp_path, 324)
-    assert victims(abrupt) == victims(ibau)
-    said.append(f"gains {interval(gained(ibau, abrupt, 'clean', 'clean', 36))} with clean samples")
-    said.append(f"{interval(gained(ibau, abrupt, 'smi', 'smi', 36))} with SMI's")
     seeds = {r["seed"]: r["der"] for r in summarise([r for r in ibau if r["source"] == "clean"], ("seed",))}
     said.append(", ".join(f"{100 * seeds[seed]:.1f}" for seed in (20, 21)) + f" and {100 * seeds[22]:.1f}")
-    text = " ".join((ROOT / "README.md").read_text().split())
-    assert [words for words in said if words not in text] == [], said
+    assert absent(said, README) == [], said
 
 
-def test_what_the_readme_says_of_distillation(tmp_path: Path) -> None:
+def test_what_is_said_of_a_gentle_start(tmp_path: Path) -> None:
+    ibau, abrupt = ibau_rows(), all_rows("abrupt", tmp_path, 324)
+    assert victims(abrupt) == victims(ibau)
+    said = [f"{interval(gained(ibau, abrupt, 'clean', 'clean', 36))} with clean samples"]
+    said.append(f"{interval(gained(ibau, abrupt, 'smi', 'smi', 36))} with SMI's")
+    assert absent(said, paragraph(EVIDENCE, "A gentle start", "- **")) == [], said
+
+
+def test_what_is_said_of_distillation(tmp_path: Path) -> None:
     kept = (ROOT / "notebooks/results/distillation.csv").read_text()
     assert (
         as_csv(read_rows(load_study("distillation"), Store(ROOT / "notebooks/results/distillation", tmp_path))) == kept
@@ -180,9 +196,7 @@ def test_what_the_readme_says_of_distillation(tmp_path: Path) -> None:
     firm, abrupt = all_rows("firm", tmp_path, 72), all_rows("abrupt", tmp_path, 324)
     assert victims(firm) == victims(abrupt) == victims(ibau_rows())
     said += [interval(gained(abrupt, firm, source, source, 36)) for source in ("clean", "smi")]
-    text = " ".join((ROOT / "README.md").read_text().split())
-    (told,) = [part for part in text.split("- **") if part.startswith("Distillation")]
-    assert [words for words in said if words not in told] == [], said
+    assert absent(said, paragraph(EVIDENCE, "Distillation", "- **")) == [], said
 
 
 FRESH = ("restarted", "forgetting")
@@ -212,13 +226,10 @@ def trusted_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def test_what_the_readme_says_of_trusted_answers(tmp_path: Path) -> None:
+def test_what_is_said_of_trusted_answers(tmp_path: Path) -> None:
     rows = all_rows("trusted", tmp_path, 324)
-    readme = (ROOT / "README.md").read_text()
     made = trusted_table(rows)
-    assert made in readme, f"the README's table should be:\n{made}"
-    (told,) = [part for part in readme.split("\n## ") if part.startswith("Held to less")]
-    told = " ".join(told.split())
+    assert made in EVIDENCE, f"the table should be:\n{made}"
     abrupt = all_rows("abrupt", tmp_path, 324)  # the same warm-up
     assert victims(rows) == victims(abrupt) == victims(ibau_rows())
     said = [interval(gained(rows, abrupt, "clean", "clean", 36), "points of DER by it ")]
@@ -229,7 +240,7 @@ def test_what_the_readme_says_of_trusted_answers(tmp_path: Path) -> None:
         f"by {interval(compare(rows, 'smi', source))}" for source in ("deepinversion", "pixel", "random", "public")
     ]
     said.append(interval(compare(rows, "latent", "smi"), "ahead of SMI "))
-    assert [words for words in said if words not in told] == [], said
+    assert absent(said, paragraph(EVIDENCE, "Held to less", "\n## ")) == [], said
 
 
 def fresh_table(studies: dict[str, list[Row]]) -> str:
@@ -249,13 +260,10 @@ def fresh_table(studies: dict[str, list[Row]]) -> str:
     return "\n".join(lines)
 
 
-def test_what_the_readme_says_of_the_fresh_start(tmp_path: Path) -> None:
+def test_what_is_said_of_the_fresh_start(tmp_path: Path) -> None:
     studies = {name: all_rows(name, tmp_path, 72) for name in FRESH}
-    readme = (ROOT / "README.md").read_text()
     made = fresh_table(studies)
-    assert made in readme, f"the README's table should be:\n{made}"
-    (told,) = [part for part in readme.split("\n## ") if part.startswith("From a fresh start")]
-    told = " ".join(told.split())
+    assert made in EVIDENCE, f"the table should be:\n{made}"
     alone = [row for row in ibau_rows() if row["source"] in ("clean", "smi")]
     fresh = studies["restarted"]
     assert victims(fresh) == victims(studies["forgetting"]) == victims(alone)
@@ -266,7 +274,7 @@ def test_what_the_readme_says_of_the_fresh_start(tmp_path: Path) -> None:
             [row["asr"] for row in rows if (row["attack"], row["source"]) == (attack, "smi")] for rows in (fresh, alone)
         ]
         said.append("{:.0f} % ({:.0f} % without)".format(*(100 * sum(rates) / len(rates) for rates in left)))
-    assert [words for words in said if words not in told] == [], said
+    assert absent(said, paragraph(EVIDENCE, "From a fresh start", "\n## ")) == [], said
 
 
 def colour_table(studies: dict[str, Sequence[Row]]) -> str:
@@ -294,11 +302,10 @@ def colour_rows(name: str, cache: Path) -> list[Row]:
     return from_csv(kept)
 
 
-def test_what_the_readme_says_of_colour(tmp_path: Path) -> None:
+def test_what_is_said_of_colour(tmp_path: Path) -> None:
     signs, things = (colour_rows(name, tmp_path) for name in ("gtsrb", "cifar10"))
-    readme = (ROOT / "README.md").read_text()
     made = colour_table({"signs": signs, "CIFAR-10": things})
-    assert made in readme, f"the README's table should be:\n{made}"
+    assert made in EVIDENCE, f"the table should be:\n{made}"
     by = [{(r["attack"], r["source"]): r for r in summarise(rows, ("attack", "source"))} for rows in (signs, things)]
     said = []
     for attack in ("badnets", "trojan_watermark", "blended"):
@@ -316,8 +323,7 @@ def test_what_the_readme_says_of_colour(tmp_path: Path) -> None:
     assert {row["source"] for row in deep} == {"none"}
     left = sorted(100 * row["asr"] for row in deep)
     said.append(f"CLP leaves {left[0]:.0f} % of the watermark and {left[1]:.0f} to {left[-1]:.0f} % of the others")
-    text = " ".join(readme.split())
-    assert [words for words in said if words not in text] == []
+    assert absent(said, paragraph(EVIDENCE, "In colour", "\n## ")) == [], said
 
 
 def test_what_the_readme_says_of_detection(tmp_path: Path) -> None:
@@ -334,12 +340,12 @@ def test_what_the_readme_says_of_detection(tmp_path: Path) -> None:
     assert sorted(name for name, count in hits.items() if not count) == ["badnets_all2all", "blended", "wanet"]
     assert sorted(name for name, count in hits.items() if count == 1) == ["label_consistent", "sig"]
     assert sum(count == 3 for count in hits.values()) == 7
-    text = " ".join((ROOT / "README.md").read_text().split())
-    assert f"Of {len(victims)} models with the backdoors of the study below it finds {sum(hits.values())}, " in text
-    assert f"no alarm on {len(clean)} clean ones" in text
+    said = [f"Of {len(victims)} models with the backdoors of the study below it finds {sum(hits.values())}, "]
+    said.append(f"no alarm on {len(clean)} clean ones")
+    assert absent(said, README) == [], said
 
 
-def test_the_analysis_is_that_of_the_committed_cells_and_what_the_readme_says_of_it(tmp_path: Path) -> None:
+def test_the_analysis_is_that_of_the_committed_cells_and_what_is_said_of_it(tmp_path: Path) -> None:
     rows = analyse(load_study("digits"), Store(ROOT / "notebooks/results/digits", tmp_path))
     assert as_csv(rows, ANALYSIS_COLUMNS) == (ROOT / "notebooks/results/digits_analysis.csv").read_text()
     ibau = [row for row in rows if row["defense"] == "ibau"]
@@ -358,8 +364,7 @@ def test_the_analysis_is_that_of_the_committed_cells_and_what_the_readme_says_of
     assert {row["seed"] for row in rows} == {20}
     (random,) = [r["presence_target"] for r in ibau if (r["source"], r["attack"]) == ("random", "wanet")]
     said.append(f"{100 * random:.0f} % of random images")
-    text = " ".join((ROOT / "README.md").read_text().split())
-    assert [words for words in said if words not in text] == []
+    assert absent(said, paragraph(EVIDENCE, "What the samples are like", "\n## ")) == [], said
 
 
 def test_the_picture_is_the_notebooks() -> None:
