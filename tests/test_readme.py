@@ -76,14 +76,15 @@ def test_the_committed_settings_are_the_current_defaults() -> None:
 
 
 def study_table(rows: Sequence[Row]) -> str:
-    """Mean and worst over attacks and seeds by removal and source, in percent: I-BAU first, most removals, best DER."""
+    """Mean and worst over attacks and seeds by removal and source, in percent: I-BAU first, best DER."""
     found = summarise(rows, ("defense", "source"))
-    found.sort(key=lambda row: (row["defense"] != "ibau", row["defense"], -row["cells"], -row["der"]))
-    lines = ["| removal | samples | removals | ACC % | ASR % | DER % |", "|---|---|---|---|---|---|"]
+    found.sort(key=lambda row: (row["defense"] != "ibau", row["defense"], -row["der"]))
+    assert {row["cells"] for row in found} == {36}
+    lines = ["| removal | samples | ACC % | ASR % | DER % |", "|---|---|---|---|---|"]
     for row in found:
         rates = [f"{100 * row[name]:.1f} ({100 * row[f'worst_{name}']:.1f})" for name in ("acc", "asr", "der")]
         label = "none" if row["source"] == "none" else sources[row["source"]].label
-        lines.append("| " + " | ".join([REMOVALS[row["defense"]], label, str(row["cells"]), *rates]) + " |")
+        lines.append("| " + " | ".join([REMOVALS[row["defense"]], label, *rates]) + " |")
     return "\n".join(lines)
 
 
@@ -160,12 +161,12 @@ def test_what_the_readme_says_of_the_study() -> None:
     assert absent(said, README) == [], said
 
 
-def test_what_is_said_of_a_gentle_start(tmp_path: Path) -> None:
+def test_what_is_said_of_a_longer_warm_up(tmp_path: Path) -> None:
     ibau, abrupt = ibau_rows(), all_rows("abrupt", tmp_path, 324)
     assert victims(abrupt) == victims(ibau)
     said = [f"{interval(gained(ibau, abrupt, 'clean', 'clean', 36))} with clean samples"]
     said.append(f"{interval(gained(ibau, abrupt, 'smi', 'smi', 36))} with SMI's")
-    assert absent(said, paragraph(EVIDENCE, "A gentle start", "- **")) == [], said
+    assert absent(said, paragraph(EVIDENCE, "A longer warm-up", "- **")) == [], said
 
 
 def test_what_is_said_of_distillation(tmp_path: Path) -> None:
@@ -214,15 +215,16 @@ def all_rows(name: str, cache: Path, cells: int) -> list[Row]:
 
 def trusted_table(rows: Sequence[Row]) -> str:
     """Mean and worst over attacks and seeds by source, what is left of WaNet, and DER without it."""
-    header = "| samples | removals | ACC % | ASR % | DER % | WaNet: ASR % | without WaNet: DER % |"
-    lines = [header, "|---" * 7 + "|"]
+    header = "| samples | ACC % | ASR % | DER % | WaNet: ASR % | without WaNet: DER % |"
+    lines = [header, "|---" * 6 + "|"]
     by = {(row["attack"], row["source"]): row for row in summarise(rows, ("attack", "source"))}
     rest = {r["source"]: r for r in summarise([r for r in rows if r["attack"] != "wanet"], ("source",))}
     for found in sorted(summarise(rows, ("source",)), key=lambda row: -row["der"]):
         rates = [f"{100 * found[rate]:.1f} ({100 * found[f'worst_{rate}']:.1f})" for rate in ("acc", "asr", "der")]
         source = found["source"]
         last = [f"{100 * by['wanet', source]['asr']:.1f}", f"{100 * rest[source]['der']:.1f}"]
-        lines.append("| " + " | ".join([sources[source].label, str(found["cells"]), *rates, *last]) + " |")
+        assert found["cells"] == 36
+        lines.append("| " + " | ".join([sources[source].label, *rates, *last]) + " |")
     return "\n".join(lines)
 
 
@@ -232,8 +234,8 @@ def test_what_is_said_of_trusted_answers(tmp_path: Path) -> None:
     assert made in EVIDENCE, f"the table should be:\n{made}"
     abrupt = all_rows("abrupt", tmp_path, 324)  # the same warm-up
     assert victims(rows) == victims(abrupt) == victims(ibau_rows())
-    said = [interval(gained(rows, abrupt, "clean", "clean", 36), "points of DER by it ")]
-    for source, label in (("smi", "SMI's"), ("deepinversion", "DeepInversion's")):
+    said = []
+    for source, label in (("clean", "clean samples"), ("smi", "SMI's"), ("deepinversion", "DeepInversion's")):
         said.append(f"{label} {interval(gained(rows, abrupt, source, source, 36))}")
     said.append(interval(compare(rows, "clean", "smi"), "below clean samples "))
     said += [
@@ -246,8 +248,8 @@ def test_what_is_said_of_trusted_answers(tmp_path: Path) -> None:
 def fresh_table(studies: dict[str, list[Row]]) -> str:
     """Mean and worst over attacks and seeds by what is forgotten and source, and what is left of two attacks."""
     lines = [
-        "| forgotten | samples | removals | ACC % | ASR % | DER % | WaNet: ASR % | smooth: ASR % |",
-        "|---" * 8 + "|",
+        "| forgotten | samples | ACC % | ASR % | DER % | WaNet: ASR % | smooth: ASR % |",
+        "|---" * 7 + "|",
     ]
     for name, rows in studies.items():
         forgotten = f"{load_study(name).cells[0].config['defense']['solver']['forget']:g}"
@@ -256,7 +258,8 @@ def fresh_table(studies: dict[str, list[Row]]) -> str:
             rates = [f"{100 * found[rate]:.1f} ({100 * found[f'worst_{rate}']:.1f})" for rate in ("acc", "asr", "der")]
             left = [f"{100 * by[attack, found['source']]['asr']:.1f}" for attack in ("wanet", "smooth")]
             label = sources[found["source"]].label
-            lines.append("| " + " | ".join([forgotten, label, str(found["cells"]), *rates, *left]) + " |")
+            assert found["cells"] == 36
+            lines.append("| " + " | ".join([forgotten, label, *rates, *left]) + " |")
     return "\n".join(lines)
 
 
@@ -340,7 +343,9 @@ def test_what_the_readme_says_of_detection(tmp_path: Path) -> None:
     assert sorted(name for name, count in hits.items() if not count) == ["badnets_all2all", "blended", "wanet"]
     assert sorted(name for name, count in hits.items() if count == 1) == ["label_consistent", "sig"]
     assert sum(count == 3 for count in hits.values()) == 7
-    said = [f"Of {len(victims)} models with the backdoors of the study below it finds {sum(hits.values())}, "]
+    said = [
+        f"Of {len(victims)} models, those of the [twelve attacks](#twelve-attacks), it finds {sum(hits.values())}, "
+    ]
     said.append(f"no alarm on {len(clean)} clean ones")
     assert absent(said, README) == [], said
 
