@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from smi.attacks import BadNets
 from smi.classifiers import build_classifier
 from smi.compute import fast
 from smi.defenses import IBAU, FineTune, Published, Restarted, Robust, Schedule, defenses, ibau_robust
-from smi.defenses.base import LARGEST_STEP, Distillation, _warm_cosine, bearable, recognised, train_repair
+from smi.defenses.base import LARGEST_STEP, Distillation, _warm_cosine, bearable, recognised
 from smi.defenses.ibau_robust import _Adversary, _PseudoLabelled
 from smi.defenses.universal import natural_radius, universal
 from smi.domains import PrivateSet, PublicImages, Samples
@@ -336,28 +336,15 @@ def test_published_share_never_rounds_to_nothing() -> None:
     assert all(seen.values())
 
 
-@pytest.mark.parametrize(("warmup", "steps"), [(0.0, 1), (0.1, 10), (0.25, 25), (1.0, 100)])
-def test_schedule_warms_up_and_decays_to_zero(warmup: float, steps: int) -> None:
-    factor = _warm_cosine(100, warmup)
-    assert [factor(i) for i in range(steps)] == pytest.approx([(i + 1) / steps for i in range(steps)])
-    assert all(factor(i) >= factor(i + 1) for i in range(steps, 99))
-    assert steps == 100 or (factor(steps) == pytest.approx(1.0) and factor(99) < 0.01)
+def test_schedule_warms_up_and_decays_to_zero() -> None:
+    factor = _warm_cosine(100)
+    assert factor(0) == pytest.approx(0.1)
+    assert factor(10) == pytest.approx(1.0)
+    assert factor(99) < 0.01
+    assert all(factor(i) >= factor(i + 1) for i in range(10, 99))
 
 
-@pytest.mark.parametrize(("warmup", "steps"), [(0.1, 3), (0.5, 15), (1.0, 30)])
-def test_training_warms_up_for_as_long_as_the_schedule_says(warmup: float, steps: int) -> None:
-    """The first step of Adam is the rate itself, whatever the gradient."""
-    schedule = Schedule(rounds=10, batch_size=20, lr=0.1, weight_decay=0.0, warmup=warmup)
-    at: list[float] = []
-    train_repair(
-        Learned(), thirds(60), schedule, lambda run, images, labels: F.cross_entropy(run(images), labels),
-        seed=0, after_step=lambda model: at.append(cast(Learned, model).thirds.item()),
-    )  # fmt: skip
-    assert len(at) == 30
-    assert abs(at[0] - 2.0) == pytest.approx(0.1 / steps, rel=1e-3)
-
-
-@pytest.mark.parametrize("bad", [{"rounds": 0}, {"batch_size": 1}, {"lr": -1.0}, {"warmup": 1.5}, {"distill": -1.0}])
+@pytest.mark.parametrize("bad", [{"rounds": 0}, {"batch_size": 1}, {"lr": -1.0}, {"distill": -1.0}])
 def test_a_schedule_is_checked(bad) -> None:
     with pytest.raises(InputError, match=next(iter(bad))):
         Schedule(**bad)

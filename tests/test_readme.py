@@ -161,14 +161,6 @@ def test_what_the_readme_says_of_the_study() -> None:
     assert absent(said, README) == [], said
 
 
-def test_what_is_said_of_a_longer_warm_up(tmp_path: Path) -> None:
-    ibau, abrupt = ibau_rows(), all_rows("abrupt", tmp_path, 324)
-    assert victims(abrupt) == victims(ibau)
-    said = [f"{interval(gained(ibau, abrupt, 'clean', 'clean', 36))} with clean samples"]
-    said.append(f"{interval(gained(ibau, abrupt, 'smi', 'smi', 36))} with SMI's")
-    assert absent(said, paragraph(EVIDENCE, "A longer warm-up", "- **")) == [], said
-
-
 def test_what_is_said_of_distillation(tmp_path: Path) -> None:
     kept = (ROOT / "notebooks/results/distillation.csv").read_text()
     assert (
@@ -193,10 +185,10 @@ def test_what_is_said_of_distillation(tmp_path: Path) -> None:
             for rows in (other, one)
         ]
         said += [f"{100 * sum(r['asr'] for r in rows) / len(rows):.0f}" for rows in warp]
-    # The same removals held four times as firmly, of those that warm up over a tenth of the steps.
-    firm, abrupt = all_rows("firm", tmp_path, 72), all_rows("abrupt", tmp_path, 324)
-    assert victims(firm) == victims(abrupt) == victims(ibau_rows())
-    said += [interval(gained(abrupt, firm, source, source, 36)) for source in ("clean", "smi")]
+    # The same removals held four times as firmly.
+    firm, ibau = all_rows("firm", tmp_path, 72), ibau_rows()
+    assert victims(firm) == victims(ibau)
+    said += [interval(gained(ibau, firm, source, source, 36)) for source in ("clean", "smi")]
     assert absent(said, paragraph(EVIDENCE, "Distillation", "- **")) == [], said
 
 
@@ -232,11 +224,11 @@ def test_what_is_said_of_trusted_answers(tmp_path: Path) -> None:
     rows = all_rows("trusted", tmp_path, 324)
     made = trusted_table(rows)
     assert made in EVIDENCE, f"the table should be:\n{made}"
-    abrupt = all_rows("abrupt", tmp_path, 324)  # the same warm-up
-    assert victims(rows) == victims(abrupt) == victims(ibau_rows())
+    ibau = ibau_rows()
+    assert victims(rows) == victims(ibau)
     said = []
     for source, label in (("clean", "clean samples"), ("smi", "SMI's"), ("deepinversion", "DeepInversion's")):
-        said.append(f"{label} {interval(gained(rows, abrupt, source, source, 36))}")
+        said.append(f"{label} {interval(gained(rows, ibau, source, source, 36))}")
     said.append(interval(compare(rows, "clean", "smi"), "below clean samples "))
     said += [
         f"by {interval(compare(rows, 'smi', source))}" for source in ("deepinversion", "pixel", "random", "public")

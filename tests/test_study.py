@@ -43,13 +43,13 @@ def test_keys_depend_on_the_configuration_alone(small, tmp_path):
 
 
 def test_the_shipped_studies_load():
-    assert shipped() == ["abrupt", "cifar10", "digits", "distillation", "firm", "forgetting", "gtsrb", "quick",
-                         "resnet18", "restarted", "trusted"]  # fmt: skip
+    assert shipped() == ["cifar10", "digits", "distillation", "firm", "forgetting", "gtsrb", "quick", "resnet18",
+                         "restarted", "trusted"]  # fmt: skip
     digits = load_study("digits")
     assert len(digits) == 12 * 3 * (9 + 4 + 1)
     assert min(cell.seed for cell in digits.cells) == 20
     assert max(cell.seed for cell in digits.cells) < 100, "seeds from 100 up are for development"
-    for name in ("abrupt", "distillation", "firm", "forgetting", "restarted", "trusted"):
+    for name in ("distillation", "firm", "forgetting", "restarted", "trusted"):
         other = load_study(name)
         assert {cell.samples_key for cell in other.cells} < {cell.samples_key for cell in digits.cells}
         assert not {cell.key for cell in other.cells} & {cell.key for cell in digits.cells}

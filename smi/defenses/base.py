@@ -133,11 +133,10 @@ defenses: Registry[type[Defense]] = Registry("defense")
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """The outer loop that defenses share: AdamW over ``rounds`` passes over the samples, warmed up, then cosine decay.
+    """The outer loop that defenses share: AdamW with cosine decay over ``rounds`` passes over the samples.
 
     lr: its rate, lower for large models, see `bearable`. batch_size: samples a step, fewer where a round would have
-    less than three steps. warmup: share of the steps, in [0, 1], over which the rate rises to lr; at least one step.
-    distill: weight of ``KL(suspect ‖ repaired)`` on the unstamped samples and on as many public
+    less than three steps. distill: weight of ``KL(suspect ‖ repaired)`` on the unstamped samples and on as many public
     images a step; 0 switches it off.
     """
 
@@ -145,14 +144,12 @@ class Schedule:
     lr: float = 1e-3
     batch_size: int = 100
     weight_decay: float = 0.01
-    warmup: float = 0.1
     distill: float = 1.0
 
     def __post_init__(self) -> None:
         check_number("rounds", self.rounds, low=1, integer=True)
         check_number("batch_size", self.batch_size, low=2, integer=True)
         check_number("lr", self.lr, low=0)
-        check_number("warmup", self.warmup, low=0, high=1)
         check_number("distill", self.distill, low=0)
 
 
@@ -251,7 +248,7 @@ def train_repair(
     lr = bearable(repaired, schedule.lr)
     optimizer = torch.optim.AdamW(repaired.parameters(), lr, weight_decay=schedule.weight_decay)
     steps = min(max(LEAST_STEPS, len(samples) // schedule.batch_size), len(samples))
-    rate = _warm_cosine(schedule.rounds * steps, schedule.warmup)
+    rate = _warm_cosine(schedule.rounds * steps)
     rng, follow = stream(seed, "repair"), _follower.get()
     curve: list[float] = []
 
@@ -327,13 +324,13 @@ def bearable(model: nn.Module, lr: float) -> float:
     return lr * min(1.0, LARGEST_STEP / step) if step else lr
 
 
-def _warm_cosine(total: int, warmup: float) -> Callable[[int], float]:
-    """Linear warm-up over a share of the steps, then cosine decay to zero.
+def _warm_cosine(total: int) -> Callable[[int], float]:
+    """Linear warm-up over a tenth of the steps, then cosine decay to zero.
 
     The first δ's cost the suspect model a loss of ten and more; full-size steps on that wreck its clean behaviour,
     which a few hundred samples cannot restore.
     """
-    warm = max(1, int(total * warmup))
+    warm = max(1, total // 10)
     return lambda step: min(
         (step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * max(0, step - warm) / max(1, total - warm))
     )

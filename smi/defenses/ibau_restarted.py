@@ -36,6 +36,7 @@ class Restarted(Robust):
     """
 
     schedule: Schedule = field(default_factory=lambda: Schedule(rounds=100, lr=3e-3, distill=40.0))
+    trial: float = 0.0  # there is little yet that a step could wreck
     reach: float = 1.0
     begin: float = 0.2
     renew: int = 3

@@ -11,9 +11,9 @@ a δ no stronger than needed stays weaker than the trigger (on one plain CNN unl
 a patch); as many public images are stamped, with the suspect's labels; clean behaviour is held by distillation on
 unstamped samples and public images, so that accuracy costs little (neither is done with public images in which the
 suspect recognises nothing, see `recognised`), but not firmly, because what the suspect says of them holds some of the
-backdoor, too; the rate rises slowly, because long steps on the first δ's wreck some models (a rise over a tenth of the
-steps left a plain VGG on digits, development seed 100, with 78 to 92 % accuracy, one over a quarter with 93 to 95); and
-the outer gradient is first-order: δ is found afresh, so that nothing implicit is left to follow.
+backdoor, too; the rate is as much less as a trial step asks for, because long steps on the first δ's wreck some models
+(`smi/defenses/trial.py`); and the outer gradient is first-order: δ is found afresh, so that nothing implicit is left to
+follow.
 
 With more δ's than twice `Robust.targets` each is stamped seldom, while clean behaviour is held as firmly as ever. There
 the δ's are stamped by the square of how they fool at the natural radius, where a backdoor stands out (at C all classes
@@ -40,7 +40,8 @@ from smi.augment import vary
 from smi.checks import check_number, device_of
 from smi.compute import Runner, fast, frozen, predict
 from smi.defenses.answers import TrustedAnswers
-from smi.defenses.base import Schedule, ask, recognised, train_repair
+from smi.defenses.base import Schedule, ask, bearable, recognised, train_repair
+from smi.defenses.trial import tried
 from smi.defenses.universal import AWAY, concentrate, fooling_rate, into_ball, natural_radius, universal
 from smi.domains.base import PublicImages, Samples
 from smi.files import fingerprint
@@ -54,18 +55,18 @@ SPARSEST = 0.02  # of the pixels, in what is stamped
 class Robust:
     """The robust solver.
 
-    goal: share that fixes the `natural_radius`, of public images, or of the samples where there are none. reach: C as a
-    multiple of it. radius: C itself, L2 norm of pixels in [0, 1], instead of that rule. stamped: share of each batch
-    that carries a δ. public: public images for each sample, stamped or not. steps: ascent steps for a δ; more where
-    `natural_radius` finds them too few. images: samples that a δ is searched on. targets: δ's renewed at a time, or
-    half of them where that is more; those that fooled most when last tried. begin: share of the rounds, in [0, 1],
-    before δ's are stamped. renew: rounds from one search for δ's to the next. temperature, only_trusted: which of the
-    suspect's answers hold clean behaviour, see `TrustedAnswers`.
+    trial: how far a trial step may move the suspect's answers, in nats, see `tried`; the rate is as much less as that
+    takes. 0: no trial. goal: share that fixes the `natural_radius`, of public images, or of the samples where there
+    are none. reach: C as a multiple of it. radius: C itself, L2 norm of pixels in [0, 1], instead of that rule.
+    stamped: share of each batch that carries a δ. public: public images for each sample, stamped or not. steps: ascent
+    steps for a δ; more where `natural_radius` finds them too few. images: samples that a δ is searched on. targets:
+    δ's renewed at a time, or half of them where that is more; those that fooled most when last tried. begin: share of
+    the rounds, in [0, 1], before δ's are stamped. renew: rounds from one search for δ's to the next. temperature,
+    only_trusted: which of the suspect's answers hold clean behaviour, see `TrustedAnswers`.
     """
 
-    schedule: Schedule = field(
-        default_factory=lambda: Schedule(rounds=12, lr=3e-3, batch_size=30, warmup=0.25, distill=20.0)
-    )
+    schedule: Schedule = field(default_factory=lambda: Schedule(rounds=12, lr=3e-3, batch_size=30, distill=20.0))
+    trial: float = 0.5
     goal: float = 0.5
     reach: float = 3.0
     radius: float | None = None
@@ -85,6 +86,7 @@ class Robust:
     """Steps a round, at least: with few samples smaller batches, or the min-max ends before it has settled."""
 
     def __post_init__(self) -> None:
+        check_number("trial", self.trial, low=0)
         check_number("goal", self.goal, low=0.01, high=1)
         check_number("reach", self.reach, low=0.01)
         check_number("stamped", self.stamped, low=0.01, high=0.99)
@@ -132,7 +134,8 @@ class Robust:
 
         start = self._start(model, samples.images, public, seed)
         fitting = max(2, len(samples) // self.least_steps)
-        schedule = replace(self.schedule, batch_size=min(self.schedule.batch_size, fitting))
+        lr = self._rate(model, samples, first["delta"])
+        schedule = replace(self.schedule, lr=lr, batch_size=min(self.schedule.batch_size, fitting))
         repaired, curve = train_repair(
             start, samples, schedule, loss,
             seed=seed, before_round=adversary.before_round, moving=[adversary, inner, held, shared],
@@ -140,6 +143,7 @@ class Robust:
         after = adversary.search(repaired, classes, adversary.natural)
         log = {
             "loss": curve,
+            "lr": bearable(start, lr),
             "fooling": adversary.curve,
             "radius": adversary.natural,
             "steps": adversary.steps,
@@ -147,6 +151,14 @@ class Robust:
             "fooling_after": after["rates"].tolist(),
         }
         return repaired, log, first["delta"]
+
+    def _rate(self, model: nn.Module, samples: Samples, delta: Tensor) -> float:
+        """The schedule's learning rate, or less."""
+        if not self.trial:
+            return self.schedule.lr
+        some, device = slice(None, None, max(1, len(samples) // 100)), device_of(model)
+        images, labels = samples.images[some].to(device), samples.labels[some].to(device)
+        return tried(model, images, labels, delta, bearable(model, self.schedule.lr), self.trial)
 
     def _clean(self, run: Runner, hold: TrustedAnswers, weight: float, images: Tensor, labels: Tensor) -> Tensor:
         if weight:
