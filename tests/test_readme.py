@@ -332,9 +332,10 @@ def test_what_the_readme_says_of_detection(tmp_path: Path) -> None:
         hits[row["attack"]] = hits.get(row["attack"], 0) + (row["flagged"] == "target")
     assert not any(row["flagged"] == "other" for row in victims)
     assert not any(row["flagged"] != "no" for row in clean)
-    assert sorted(name for name, count in hits.items() if not count) == ["badnets_all2all", "blended", "wanet"]
-    assert sorted(name for name, count in hits.items() if count == 1) == ["label_consistent", "sig"]
-    assert sum(count == 3 for count in hits.values()) == 7
+    missed = ["badnets_all2all", "blended", "label_consistent", "sig", "wanet"]
+    assert sorted(name for name, count in hits.items() if not count) == missed
+    assert hits["input_aware"] == 2
+    assert sum(count == 3 for count in hits.values()) == 6
     said = [
         f"Of {len(victims)} models, those of the [twelve attacks](#twelve-attacks), it finds {sum(hits.values())}, "
     ]
