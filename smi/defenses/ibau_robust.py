@@ -134,7 +134,8 @@ class Robust:
 
         start = self._start(model, samples.images, public, seed)
         fitting = max(2, len(samples) // self.least_steps)
-        lr = self._rate(model, samples, first["delta"])
+        kept = current().once("rate", inner, lambda: {"lr": self._rate(model, samples, first["delta"])})
+        lr = kept["lr"].item()
         schedule = replace(self.schedule, lr=lr, batch_size=min(self.schedule.batch_size, fitting))
         repaired, curve = train_repair(
             start, samples, schedule, loss,
@@ -152,13 +153,14 @@ class Robust:
         }
         return repaired, log, first["delta"]
 
-    def _rate(self, model: nn.Module, samples: Samples, delta: Tensor) -> float:
-        """The schedule's learning rate, or less."""
-        if not self.trial:
-            return self.schedule.lr
-        some, device = slice(None, None, max(1, len(samples) // 100)), device_of(model)
-        images, labels = samples.images[some].to(device), samples.labels[some].to(device)
-        return tried(model, images, labels, delta, bearable(model, self.schedule.lr), self.trial)
+    def _rate(self, model: nn.Module, samples: Samples, delta: Tensor) -> Tensor:
+        """The schedule's learning rate, or less: a float64 scalar."""
+        lr = self.schedule.lr
+        if self.trial:
+            some, device = slice(None, None, max(1, len(samples) // 100)), device_of(model)
+            images, labels = samples.images[some].to(device), samples.labels[some].to(device)
+            lr = tried(model, images, labels, delta, bearable(model, lr), self.trial)
+        return torch.tensor(lr, dtype=torch.float64)
 
     def _clean(self, run: Runner, hold: TrustedAnswers, weight: float, images: Tensor, labels: Tensor) -> Tensor:
         if weight:
