@@ -48,6 +48,10 @@ def test_the_rate_is_the_largest_trial_that_moves_the_answers_no_further_than_th
     assert [moved(model, rate) <= limit for rate in (2.0, 5.0, 20.0)] == [True, False, False]
 
 
+def test_it_ends_at_a_hundredth_where_no_rate_is_bearable() -> None:
+    assert 0.01 < tried(linear_thirds(), S.images, S.labels, DELTA, 1.0, -1.0) < 0.02
+
+
 def test_it_leaves_the_model_and_takes_weights_that_nothing_depends_on() -> None:
     model = linear_thirds()
     model.unused = nn.Parameter(torch.ones(2))

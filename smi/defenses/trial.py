@@ -29,8 +29,8 @@ def tried(model: nn.Module, images: Tensor, labels: Tensor, delta: Tensor, lr: f
 
     images ``[N, C, H, W]`` and labels ``[N]`` where the model is; delta ``[T, C, H, W]``, the stamps, each on as many
     images. The step is Adam's first one, ``lr * LENGTH`` against the sign of the gradient of the stamped images' loss.
-    Answers are moved by ``KL(model ‖ model after the step)`` on the images without a stamp, mean, in nats. ``model`` is
-    left as it is.
+    Answers are moved by ``KL(model ‖ model after the step)`` on the images without a stamp, mean, in nats. The rate is
+    not lowered below a hundredth. ``model`` is left as it is.
     """
     stepped = copy.deepcopy(model).eval().requires_grad_(True)
     weights: list[Tensor] = list(stepped.parameters())
@@ -43,7 +43,7 @@ def tried(model: nn.Module, images: Tensor, labels: Tensor, delta: Tensor, lr: f
                 for weight, start, sign in zip(weights, at, signs, strict=True):
                     weight.copy_(start - lr * LENGTH * sign)
             moved = F.kl_div(_answers(run, images), before, reduction="batchmean", log_target=True).item()
-            if not moved > limit:
+            if moved <= limit:
                 break
             lr *= SHORTER
     return lr
