@@ -15,6 +15,7 @@ from torch import nn
 from smi.compute import fast, precision, predict
 from smi.defenses import FineTune
 from smi.defenses.base import Schedule, following
+from smi.defenses.trial import tried
 from smi.defenses.universal import AWAY, universal
 from smi.interrupts import Stopped, stoppable
 from smi.inversion import Latent, Pixel, Stabilized, invert
@@ -151,6 +152,16 @@ def test_removal_in_smaller_parts_is_the_same_removal():
     assert whole.log["loss"] == pytest.approx(parts.log["loss"], abs=1e-5)
     robust = DEFENSES["robust"].repair(Small(8), SAMPLES, seed=1)
     assert len(robust.log["loss"]) == 5
+
+
+@pytest.mark.filterwarnings("ignore:out of memory")
+def test_a_trial_step_in_smaller_parts_is_the_same_trial():
+    def trial(model):
+        delta = torch.stack([SAMPLES.images[0], -SAMPLES.images[1], SAMPLES.images[2] / 2])
+        with precision("float32"):
+            return tried(model, SAMPLES.images, SAMPLES.labels, delta, 10.0, 0.01)
+
+    assert trial(Small(1000)) == trial(Small(3)) < 10.0
 
 
 @pytest.mark.filterwarnings("ignore:out of memory")

@@ -63,26 +63,6 @@ def test_it_leaves_the_model_and_takes_weights_that_nothing_depends_on() -> None
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-class Small(nn.Module):
-    """Has memory for so many images."""
-
-    def __init__(self, model: nn.Module, limit: int) -> None:
-        super().__init__()
-        self.model, self.limit = model, limit
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if len(x) > self.limit:
-            raise MemoryError
-        return self.model(x)
-
-
-@pytest.mark.filterwarnings("ignore:out of memory")
-def test_in_smaller_parts_it_is_the_same_trial() -> None:
-    with precision("float32"):
-        whole, parts = (tried(Small(linear_thirds(), size), S.images, S.labels, DELTA, 20.0, 0.1) for size in (100, 7))
-    assert whole == parts < 20.0
-
-
 def test_a_repair_takes_the_rate_that_its_trial_allows() -> None:
     generator = rng(3)
     s = Samples(torch.rand(60, 1, 8, 8, generator=generator), torch.arange(60) % 3, 3, "smi")
