@@ -159,9 +159,9 @@ def test_a_trial_step_in_smaller_parts_is_the_same_trial():
     def trial(model):
         delta = torch.stack([SAMPLES.images[0], -SAMPLES.images[1], SAMPLES.images[2] / 2])
         with precision("float32"):
-            return tried(model, SAMPLES.images, SAMPLES.labels, delta, 10.0, 0.01)
+            return tried(model, SAMPLES.images, SAMPLES.labels, delta, 10.0, 0.5)
 
-    assert trial(Small(1000)) == trial(Small(3)) < 10.0
+    assert 0.2 < trial(Small(1000)) == trial(Small(3)) < 10.0  # neither the first trial nor the last
 
 
 @pytest.mark.filterwarnings("ignore:out of memory")
