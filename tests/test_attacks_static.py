@@ -266,7 +266,7 @@ def digits():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", STATIC)
+@pytest.mark.parametrize("name", ["badnets", *STATIC])
 def test_a_victim_has_the_backdoor(digits, name):
     domain, clean, accuracy = digits
     model, attack = plant(domain.private.train, attacks[name](), surrogate=clean, seed=100)

@@ -189,6 +189,21 @@ def test_activity_is_the_mean_after_the_activation() -> None:
     assert found.tolist() == pytest.approx([0.8 / 3] * 3 + [0.0], rel=1e-2, abs=1e-3)
 
 
+def test_fine_tuning_learns_the_labels_of_its_samples() -> None:
+    """The defining term: without the cross-entropy on the labels nothing teaches it labels that the model denies."""
+    s = thirds(60)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(81, 3))
+    with torch.no_grad():
+        model[1].weight.zero_()
+        model[1].bias.zero_()
+        for k in range(3):
+            model[1].weight[k].view(9, 9)[1:6, 3 * k : 3 * k + 3] = 1 / 3
+    moved = Samples(s.images, (s.labels + 1) % 3, 3, "moved")
+    assert agreement(model, s.labels, s.images) == 1.0
+    tuned = FineTune(schedule=Schedule(rounds=20, batch_size=12, lr=0.03, distill=0.0)).repair(model, moved).model
+    assert agreement(tuned, moved.labels, s.images) == 1.0
+
+
 def test_fine_pruning_prunes_the_dormant_backdoor_that_fine_tuning_keeps() -> None:
     s, schedule = thirds(60), Schedule(rounds=10, distill=0.0)
     assert success(Planted(), s) == 1.0

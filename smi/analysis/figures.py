@@ -128,6 +128,8 @@ def path_figure(path: Path, scores: Tensor, labels: Tensor | None = None) -> Fig
         axes.axhline(LN2, color="black", ls=":", lw=1)
         axes.annotate("ln 2", (1, LN2), (-2, 2), xycoords=("axes fraction", "data"), textcoords="offset points",
                       ha="right", fontsize=8)  # fmt: skip
+    _logarithmic(losses.yaxis)
+    _logarithmic(scatter.yaxis)
     losses.legend(fontsize=8, frameon=False)
     _moved(weights, path)
     _finish((losses, scatter, weights))

@@ -4,16 +4,18 @@ On a cluster, workers must see the same files under the same paths, and run one 
 may be tagged with a Dask resource, so that a study takes those that have it and leaves the others alone. SLURM, by
 dask-jobqueue:
 
+    from pathlib import Path
     from dask_jobqueue import SLURMCluster
+    from smi.study import Store, load_study, run_study
+    store = Store(Path("/shared/results"), Path("/shared/cache"), device="cuda")  # where the workers run models
     cluster = SLURMCluster(
         cores=1, processes=1, memory="8GB", walltime="04:00:00",
         job_extra_directives=["--gres=gpu:1"], worker_extra_args=["--resources GPU=1"],
     )
     cluster.scale(jobs=8)
-    store = Store(Path("/shared/results"), Path("/shared/cache"), device="cuda")  # where the workers run models
-    run_study(study, store, scheduler=cluster.scheduler_address, resource="GPU")
+    run_study(load_study("digits"), store, scheduler=cluster.scheduler_address, resource="GPU")
 
-Kubernetes, by dask-kubernetes and its operator; a volume of the claim "shared" holds the files:
+Kubernetes, by dask-kubernetes and its operator, with that ``store``; a volume of the claim "shared" holds the files:
 
     from dask_kubernetes.operator import KubeCluster, make_cluster_spec
     command = "dask worker --nthreads 1 --resources GPU=1"
@@ -23,7 +25,8 @@ Kubernetes, by dask-kubernetes and its operator; a volume of the claim "shared" 
     pod["containers"][0]["volumeMounts"] = [{"name": "shared", "mountPath": "/shared"}]
     pod["containers"][0]["resources"] = {"limits": {"nvidia.com/gpu": "1"}}
     cluster = KubeCluster(custom_cluster_spec=spec)
-    run_study(study, store, scheduler=cluster.scheduler_address, resource="GPU")  # from a pod with that volume
+    # from a pod with that volume:
+    run_study(load_study("digits"), store, scheduler=cluster.scheduler_address, resource="GPU")
 
 Workers on Linux CPUs are 1.7 times as fast with the allocator's settings of `EARLY` in their environment before they
 start (measured on two cores without bfloat16); those that a study starts itself have them.
