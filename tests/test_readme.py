@@ -143,7 +143,7 @@ def test_what_the_readme_says_of_the_study() -> None:
     ibau = ibau_rows()
     said = [interval(compare(ibau, "clean", "smi"), "points of DER below clean samples** ")]
     said[0] = said[0].replace("** (", "** (95 % interval over attacks ")
-    for source in ("latent", "public", "random", "pixel"):
+    for source in ("latent", "public", "random", "pixel", "deepinversion"):
         ahead = compare(ibau, "smi", source)
         assert ahead.cells == 36
         said.append(f"by {interval(ahead)}")
@@ -352,9 +352,22 @@ def test_the_analysis_is_that_of_the_committed_cells_and_what_is_said_of_it(tmp_
     for column in ("frechet", "score_joint"):
         found = rank_correlation([r[column] for r in ibau], [r["der"] for r in ibau], victims, within=True)
         said += [f"{value:.2f}".replace("-", "−") for value in (found.rho, found.low, found.high)]
-    for source in ("smi", "latent", "random"):
+    for source in ("smi", "latent", "input", "random"):
         known = [row["judge_accuracy"] for row in ibau if row["source"] == source]
         said.append(f"{100 * sum(known) / len(known):.0f} %")
+    far = {(r["source"], r["attack"]): r["frechet"] for r in ibau}
+    names = [
+        f"{sum(value for (source, _), value in far.items() if source == name) / 12:.1f} {words}"
+        for name, words in (("clean", "for clean samples"), ("latent", "for latent inversion"), ("smi", "for SMI"),
+                            ("input", "with a stable input alone"), ("random", "for random images"))
+    ]  # fmt: skip
+    said += names
+    nearer = [sum(far[name, attack] < far["latent", attack] for _, attack in far) // 9 for name in ("smi", "input")]
+    said += [f"for {nearer[0]} of 12 victims", f"({nearer[1]} of 12)"]
+    shown = [(r["source"], 1 - r["residual_target"]) for r in ibau if r["residual_target"] is not None]
+    pixel = sorted(100 * value for source, value in shown if source == "pixel")
+    other = max(100 * value for source, value in shown if source != "pixel")
+    said.append(f"show half ({pixel[0]:.0f} to {pixel[-1]:.0f} %), at most {other:.0f} % by any other source")
     present = {r["attack"]: r["presence_target"] for r in ibau if r["source"] == "smi"}
     assert {attack for attack, value in present.items() if value} == {"wanet", "input_aware"}
     said.append(f"in {100 * present['input_aware']:.0f} % for `input_aware`")
