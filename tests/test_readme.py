@@ -301,19 +301,24 @@ def test_what_is_said_of_colour(tmp_path: Path) -> None:
     signs, things = (colour_rows(name, tmp_path) for name in ("gtsrb", "cifar10"))
     made = colour_table({"signs": signs, "CIFAR-10": things})
     assert made in EVIDENCE, f"the table should be:\n{made}"
-    by = [{(r["attack"], r["source"]): r for r in summarise(rows, ("attack", "source"))} for rows in (signs, things)]
+    of_signs, of_things = (
+        {(r["attack"], r["source"]): r for r in summarise(rows, ("attack", "source"))} for rows in (signs, things)
+    )
     said = []
-    for attack in ("badnets", "trojan_watermark", "blended"):
-        said += [f"{100 * by[0][attack, source]['asr']:.1f}" for source in ("smi", "clean")]
+    for attack in ("badnets", "trojan_watermark", "blended", "wanet"):
+        said += [f"{100 * of_signs[attack, source]['asr']:.1f}" for source in ("smi", "clean")]
+    for source in ("smi", "clean", "latent", "public"):
+        lost = [r["acc_before"] - r["acc"] for r in signs if (r["defense"], r["source"]) == ("ibau", source)]
+        said.append(f"{100 * sum(lost) / len(lost):.1f}")
     for attack in ("blended", "trojan_watermark"):
-        said.append(f"{100 * by[1][attack, 'clean']['asr']:.0f} %")
-        said.append(f"{100 * by[1][attack, 'none']['asr']:.0f} %")
-    for rows, source in ((signs, "clean"), (signs, "latent"), (signs, "pixel"), (things, "clean")):
-        found = compare([row for row in rows if row["defense"] == "ibau"], "smi", source)
-        assert found.cells == 12
-        said.append(f"{100 * abs(found.mean):.1f}")
-    found = compare([row for row in signs if row["defense"] == "ibau"], "latent", "smi")
-    said.append(f"{100 * found.low:.1f} to {100 * found.high:.1f}".replace("-", "−"))
+        said.append(f"{100 * of_things[attack, 'clean']['asr']:.0f} %")
+        said.append(f"{100 * of_things[attack, 'none']['asr']:.0f} %")
+    ibau = [[row for row in rows if row["defense"] == "ibau"] for rows in (signs, things)]
+    assert compare(ibau[0], "smi", "latent").cells == compare(ibau[1], "smi", "clean").cells == 12
+    said.append("below clean samples by " + interval(compare(ibau[0], "clean", "smi")))
+    for source in ("latent", "public", "deepinversion", "pixel"):
+        said.append(f"by {interval(compare(ibau[0], 'smi', source))}")
+    said.append(f"SMI is {100 * abs(compare(ibau[1], 'smi', 'clean').mean):.1f} below clean samples")
     deep = read_rows(load_study("resnet18"), Store(ROOT / "notebooks/results/resnet18", tmp_path))
     assert {row["source"] for row in deep} == {"none"}
     left = sorted(100 * row["asr"] for row in deep)
