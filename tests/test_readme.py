@@ -297,8 +297,26 @@ def colour_rows(name: str, cache: Path) -> list[Row]:
     return from_csv(kept)
 
 
+def seed_table(rows: Sequence[Row]) -> str:
+    """ACC / ASR of each attack before and after removal, in percent, where there is one seed."""
+    shown = ("clean", "smi", "none")
+    by = {(row["attack"], row["source"]): row for row in rows}
+    assert len(by) == len(rows) == len(shown) * len({attack for attack, _ in by})
+    lines = ["| attack | before | I-BAU, clean samples | I-BAU, SMI | CLP |", "|---" * 5 + "|"]
+    for attack in dict.fromkeys(attack for attack, _ in by):
+        one = by[attack, "clean"]
+        rates = [
+            (one["acc_before"], one["asr_before"]),
+            *((r["acc"], r["asr"]) for r in (by[attack, s] for s in shown)),
+        ]
+        lines.append("| " + " | ".join([attack, *(f"{100 * acc:.1f} / {100 * asr:.1f}" for acc, asr in rates)]) + " |")
+    return "\n".join(lines)
+
+
 def test_what_is_said_of_colour(tmp_path: Path) -> None:
-    signs, things = (colour_rows(name, tmp_path) for name in ("gtsrb", "cifar10"))
+    signs, things = (colour_rows(name, tmp_path) for name in ("gtsrb", "cifar10_firm"))
+    again = seed_table(colour_rows("cifar10", tmp_path))
+    assert again in EVIDENCE.replace("\n  |", "\n|"), f"the table should be:\n{again}"
     made = colour_table({"signs": signs, "CIFAR-10": things})
     assert made in EVIDENCE, f"the table should be:\n{made}"
     of_signs, of_things = (

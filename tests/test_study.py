@@ -43,8 +43,8 @@ def test_keys_depend_on_the_configuration_alone(small, tmp_path):
 
 
 def test_the_shipped_studies_load():
-    assert shipped() == ["cifar10", "digits", "distillation", "firm", "forgetting", "gtsrb", "quick", "resnet18",
-                         "restarted", "trusted"]  # fmt: skip
+    assert shipped() == ["cifar10", "cifar10_firm", "digits", "distillation", "firm", "forgetting", "gtsrb", "quick",
+                         "resnet18", "restarted", "trusted"]  # fmt: skip
     digits = load_study("digits")
     assert len(digits) == 12 * 3 * (9 + 4 + 1)
     assert min(cell.seed for cell in digits.cells) == 20
@@ -55,6 +55,7 @@ def test_the_shipped_studies_load():
         assert not {cell.key for cell in other.cells} & {cell.key for cell in digits.cells}
     for name, domain, cells, per_class in (
         ("gtsrb", "gtsrb", 4 * 3 * (6 + 1), 12), ("cifar10", "cifar10", 4 * 3 * (6 + 1), 50),
+        ("cifar10_firm", "cifar10", 4 * 3 * (6 + 1), 50),
         ("resnet18", "cifar10", 4 * (2 + 1), 50),
     ):  # fmt: skip
         colour = load_study(name)
