@@ -160,6 +160,18 @@ def test_what_the_readme_says_of_the_study() -> None:
     said.append(", ".join(f"{100 * seeds[seed]:.1f}" for seed in (20, 21)) + f" and {100 * seeds[22]:.1f}")
     assert absent(said, README) == [], said
 
+    means = {row["source"]: 100 * row["asr"] for row in summarise(ibau, ("source",))}
+    said = [f"(SMI {means['smi']:.1f}, clean samples {means['clean']:.1f})"]
+    above = {source: sorted(name for name, of in by if of == source and by[name, of]["asr"] > 0.15) for source in means}
+    assert above["smi"] == above["clean"] == ["smooth", "wanet"]
+    for source in ("smi", "clean"):
+        said.append("{:.0f} and".format(100 * by["wanet", source]["asr"]))
+        said.append("{:.0f}".format(100 * by["smooth", source]["asr"]))
+    weakest, second = sorted(met, key=lambda victim: victim[3])[:2]
+    said.append(f"`{weakest[0]}`, seed {weakest[1]}, {100 * weakest[3]:.0f} % before the removal")
+    said.append(f"at least {100 * second[3]:.0f}")
+    assert absent(said, paragraph(EVIDENCE, "Attack by attack", "\n## ")) == [], said
+
 
 def test_what_is_said_of_distillation(tmp_path: Path) -> None:
     kept = (ROOT / "notebooks/results/distillation.csv").read_text()
