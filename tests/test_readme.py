@@ -311,10 +311,10 @@ def colour_rows(name: str, cache: Path) -> list[Row]:
 
 def seed_table(rows: Sequence[Row]) -> str:
     """ACC / ASR of each attack before and after removal, in percent, where there is one seed."""
-    shown = ("clean", "smi", "none")
+    shown = ("clean", "smi", "latent", "public", "none")
     by = {(row["attack"], row["source"]): row for row in rows}
     assert len(by) == len(rows) == len(shown) * len({attack for attack, _ in by})
-    lines = ["| attack | before | I-BAU, clean samples | I-BAU, SMI | CLP |", "|---" * 5 + "|"]
+    lines = ["| attack | before | clean samples | SMI | latent inversion | public | CLP |", "|---" * 7 + "|"]
     for attack in dict.fromkeys(attack for attack, _ in by):
         one = by[attack, "clean"]
         rates = [
