@@ -327,6 +327,7 @@ def seed_table(rows: Sequence[Row]) -> str:
 
 def test_what_is_said_of_colour(tmp_path: Path) -> None:
     signs, things = (colour_rows(name, tmp_path) for name in ("gtsrb", "cifar10_firm"))
+    assert len(signs) == len(things) == 4 * 3 * (6 + 1)
     again = seed_table(colour_rows("cifar10", tmp_path))
     assert again in EVIDENCE.replace("\n  |", "\n|"), f"the table should be:\n{again}"
     made = colour_table({"signs": signs, "CIFAR-10": things})
