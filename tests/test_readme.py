@@ -164,9 +164,9 @@ def test_what_the_readme_says_of_the_study() -> None:
     said = [f"(SMI {means['smi']:.1f}, clean samples {means['clean']:.1f})"]
     above = {source: sorted(name for name, of in by if of == source and by[name, of]["asr"] > 0.15) for source in means}
     assert above["smi"] == above["clean"] == ["smooth", "wanet"]
-    for source in ("smi", "clean"):
-        said.append("{:.0f} and".format(100 * by["wanet", source]["asr"]))
-        said.append("{:.0f}".format(100 * by["smooth", source]["asr"]))
+    asr = {pair: f"{100 * row['asr']:.0f}" for pair, row in by.items()}
+    said.append(f"with SMI's samples WaNet {asr['wanet', 'smi']} and smooth {asr['smooth', 'smi']}")
+    said.append(f"with clean ones {asr['wanet', 'clean']} and {asr['smooth', 'clean']}")
     weakest, second = sorted(met, key=lambda victim: victim[3])[:2]
     said.append(f"`{weakest[0]}`, seed {weakest[1]}, {100 * weakest[3]:.0f} % before the removal")
     said.append(f"at least {100 * second[3]:.0f}")
@@ -207,12 +207,17 @@ def test_what_is_said_of_distillation(tmp_path: Path) -> None:
 FRESH = ("restarted", "forgetting")
 
 
-def all_rows(name: str, cache: Path, cells: int) -> list[Row]:
-    """All ``cells`` of a study, which the committed table has to hold."""
+def kept_rows(name: str, cache: Path) -> list[Row]:
+    """The cells of a study that are there, which the committed table has to hold."""
     kept = (ROOT / f"notebooks/results/{name}.csv").read_text()
     store = Store(ROOT / f"notebooks/results/{name}", cache)
     assert as_csv(read_rows(load_study(name), store)) == kept, f"run `smi study table {name} ...`"
-    rows = from_csv(kept)
+    return from_csv(kept)
+
+
+def all_rows(name: str, cache: Path, cells: int) -> list[Row]:
+    """The same of a study of which all ``cells`` are there."""
+    rows = kept_rows(name, cache)
     assert len(rows) == len(load_study(name)) == cells
     return rows
 
@@ -302,13 +307,6 @@ def colour_table(studies: dict[str, Sequence[Row]]) -> str:
     return "\n".join(lines)
 
 
-def colour_rows(name: str, cache: Path) -> list[Row]:
-    kept = (ROOT / f"notebooks/results/{name}.csv").read_text()
-    store = Store(ROOT / f"notebooks/results/{name}", cache)
-    assert as_csv(read_rows(load_study(name), store)) == kept, f"run `smi study table {name} ...`"
-    return from_csv(kept)
-
-
 def seed_table(rows: Sequence[Row]) -> str:
     """ACC / ASR of each attack before and after removal, in percent, where there is one seed."""
     shown = ("clean", "smi", "latent", "public", "none")
@@ -326,9 +324,8 @@ def seed_table(rows: Sequence[Row]) -> str:
 
 
 def test_what_is_said_of_colour(tmp_path: Path) -> None:
-    signs, things = (colour_rows(name, tmp_path) for name in ("gtsrb", "cifar10_firm"))
-    assert len(signs) == len(things) == 4 * 3 * (6 + 1)
-    again = seed_table(colour_rows("cifar10", tmp_path))
+    signs, things = (all_rows(name, tmp_path, 4 * 3 * (6 + 1)) for name in ("gtsrb", "cifar10_firm"))
+    again = seed_table(kept_rows("cifar10", tmp_path))
     assert again in EVIDENCE.replace("\n  |", "\n|"), f"the table should be:\n{again}"
     made = colour_table({"signs": signs, "CIFAR-10": things})
     assert made in EVIDENCE, f"the table should be:\n{made}"
@@ -344,12 +341,13 @@ def test_what_is_said_of_colour(tmp_path: Path) -> None:
     for attack in ("blended", "trojan_watermark"):
         said.append(f"{100 * of_things[attack, 'clean']['asr']:.0f} %")
         said.append(f"{100 * of_things[attack, 'none']['asr']:.0f} %")
-    ibau = [[row for row in rows if row["defense"] == "ibau"] for rows in (signs, things)]
-    assert compare(ibau[0], "smi", "latent").cells == compare(ibau[1], "smi", "clean").cells == 12
-    said.append("below clean samples by " + interval(compare(ibau[0], "clean", "smi")))
-    for source in ("latent", "public", "deepinversion", "pixel"):
-        said.append(f"by {interval(compare(ibau[0], 'smi', source))}")
-    said.append(f"SMI is {100 * abs(compare(ibau[1], 'smi', 'clean').mean):.1f} below clean samples")
+    with_ibau = [row for row in signs if row["defense"] == "ibau"]
+    below = compare([row for row in things if row["defense"] == "ibau"], "clean", "smi")
+    pairs = [("clean", "smi"), *(("smi", source) for source in ("latent", "public", "deepinversion", "pixel"))]
+    ahead = [compare(with_ibau, *pair) for pair in pairs]
+    assert {found.cells for found in (below, *ahead)} == {12}
+    said += [f"by {interval(found)}" for found in ahead]
+    said.append(f"SMI is {100 * below.mean:.1f} below clean samples")
     deep = read_rows(load_study("resnet18"), Store(ROOT / "notebooks/results/resnet18", tmp_path))
     assert {row["source"] for row in deep} == {"none"}
     left = sorted(100 * row["asr"] for row in deep)
@@ -392,14 +390,15 @@ def test_the_analysis_is_that_of_the_committed_cells_and_what_is_said_of_it(tmp_
         known = [row["judge_accuracy"] for row in ibau if row["source"] == source]
         said.append(f"{100 * sum(known) / len(known):.0f} %")
     far = {(r["source"], r["attack"]): r["frechet"] for r in ibau}
-    names = [
-        f"{sum(value for (source, _), value in far.items() if source == name) / 12:.1f} {words}"
-        for name, words in (("clean", "for clean samples"), ("latent", "for latent inversion"), ("smi", "for SMI"),
-                            ("input", "with a stable input alone"), ("random", "for random images"))
-    ]  # fmt: skip
-    said += names
-    nearer = [sum(far[name, attack] < far["latent", attack] for _, attack in far) // 9 for name in ("smi", "input")]
-    said += [f"for {nearer[0]} of 12 victims", f"({nearer[1]} of 12)"]
+    attacks = {attack for _, attack in far}
+    named = {
+        "clean": "for clean samples", "latent": "for latent inversion", "smi": "for SMI",
+        "input": "with a stable input alone", "random": "for random images",
+    }  # fmt: skip
+    for source, words in named.items():
+        said.append(f"{sum(far[source, attack] for attack in attacks) / len(attacks):.1f} {words}")
+    nearer = {s: sum(far[s, attack] < far["latent", attack] for attack in attacks) for s in ("smi", "input")}
+    said += [f"for {nearer['smi']} of 12 victims", f"({nearer['input']} of 12)"]
     shown = [(r["source"], 1 - r["residual_target"]) for r in ibau if r["residual_target"] is not None]
     pixel = sorted(100 * value for source, value in shown if source == "pixel")
     other = max(100 * value for source, value in shown if source != "pixel")
