@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     )
     from smi.stability import Selection as Selection, select_stable as select_stable
     from smi.suspects import load_suspect as load_suspect
+    from smi.threads import choose_threads as choose_threads, use_threads as use_threads
 
 __version__ = "0.1.0"
 
@@ -68,6 +69,7 @@ _HOMES = {
     "smi.priors": "GeneratorPrior Prior load_generator load_prior save_prior",
     "smi.stability": "Selection select_stable",
     "smi.suspects": "load_suspect",
+    "smi.threads": "choose_threads use_threads",
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 import click
 
 from smi.interrupts import Stopped, stoppable
-from smi.options import check_device, cores
+from smi.options import check_device
+from smi.threads import usable_cores
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -52,7 +53,7 @@ def located(command: Command) -> Command:
 
 @study.command()
 @located
-@click.option("--workers", type=click.IntRange(1, 1024), default=cores, show_default="physical cores",
+@click.option("--workers", type=click.IntRange(1, 1024), default=usable_cores, show_default="the cores usable here",
               help="Processes of one thread each.")  # fmt: skip
 @click.option("--scheduler", help="Address of a running Dask scheduler, tcp://HOST:PORT, instead of own workers.")
 @click.option("--resource", metavar="NAME", help="With --scheduler: use only workers that have this Dask resource.")

@@ -19,6 +19,7 @@ from smi.checks import device_of, evaluating
 from smi.errors import unknown_name
 from smi.files import fingerprint
 from smi.memory import Chunk, halving
+from smi.threads import suited
 
 
 def bf16_is_fast() -> bool:
@@ -82,7 +83,7 @@ def fast(model: nn.Module) -> Iterator[Runner]:
     """Yields a function from images to float32 outputs that runs ``model`` the quick way, and differentiates.
 
     The body runs in bfloat16 under autocast where that is quick; outputs are float32, because a log-softmax in
-    bfloat16 is useless.
+    bfloat16 is useless. On a CPU torch has as many threads as suit the model inside the block.
     """
     device = device_of(model)
 
@@ -93,7 +94,8 @@ def fast(model: nn.Module) -> Iterator[Runner]:
             out = model(images) if parameters is None else functional_call(model, dict(parameters), (images,))
         return out.float()
 
-    yield run
+    with suited(model) if device.type == "cpu" else nullcontext():
+        yield run
 
 
 def frozen(model: nn.Module) -> nn.Module:

@@ -26,6 +26,7 @@ from smi.files import fingerprint
 from smi.priors import GAN, SIZE, Critic, blank_gan
 from smi.progress import track
 from smi.seeding import derive, stream
+from smi.threads import threads_of
 from smi.unfinished import EVERY, Tensors, Unfinished, named, optimizer_state, part, restore_optimizer
 
 
@@ -170,4 +171,4 @@ def fit_prior(
             run.advance()
             after_step(run.state)
     unfinished.save(run.state())
-    return run.finished(record | {"versions": versions(), "threads": torch.get_num_threads()})
+    return run.finished(record | {"versions": versions(), "threads": threads_of(run.live.generator)})

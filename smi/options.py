@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import math
-import os
 import signal
 from collections.abc import Callable
 from functools import wraps
@@ -14,6 +13,7 @@ from typing import Any, TypeVar
 import click
 
 from smi.interrupts import Stopped, stoppable
+from smi.threads import limit_threads, usable_cores, use_threads
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 NOT_OURS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
@@ -49,35 +49,21 @@ class Commands(click.Group):
             raise BadInput(str(error)) from error
 
 
-def cores() -> int:
-    """Physical cores that this process may run on."""
-    try:
-        usable = os.sched_getaffinity(0)
-    except AttributeError:  # not on Linux
-        return os.cpu_count() or 1
-    siblings = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
-    try:
-        return len({Path(siblings.format(cpu)).read_text() for cpu in usable})
-    except OSError:
-        return len(usable)
-
-
 def common(command: Command) -> Command:
     """The options that every command has. ``--threads`` and ``--precision`` are dealt with here, around the command."""
 
     @wraps(command)
-    def prepared(*args: Any, threads: int, device: str, precision: str, **options: Any) -> Any:
-        import torch
-
+    def prepared(*args: Any, threads: int | None, device: str, precision: str, **options: Any) -> Any:
         from smi.compute import precision as computing_in
 
         check_device(device)
-        torch.set_num_threads(threads)
+        limit_threads() if threads is None else use_threads(threads)
         with computing_in(precision):
             return command(*args, device=device, **options)
 
     for option in (
-        click.option("--threads", type=click.IntRange(1, 1024), default=cores, show_default="physical cores"),
+        click.option("--threads", type=click.IntRange(1, 1024), help="Of the CPU.  [default: OMP_NUM_THREADS, where "
+                     f"that is set; else 1 for a small model, {usable_cores()} for others, the cores usable here]"),
         click.option("--precision", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto",
                      show_default=True, help="Number format of the models; auto: bfloat16 where it is quick. "
                      "float16 without loss scaling."),

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from smi.attacks import Attack, BadNets, plant
@@ -24,6 +23,7 @@ from smi.priors import Prior, check_prior
 from smi.seeding import derive
 from smi.sources import pseudo_labelled
 from smi.stability import Selection, kernel_backend
+from smi.threads import threads_of
 
 PER_CLASS = 30
 STAGES = ("inversion", "removal")
@@ -114,7 +114,6 @@ class Demo:
     rows: list[Row]
     stages: dict[str, float]
     settings: dict[str, Any]
-    threads: int = field(default_factory=torch.get_num_threads)
 
     def row(self, source: str) -> Row:
         """The row of one source."""
@@ -133,7 +132,7 @@ class Demo:
             "settings": self.settings,
             "findings": {row.source: findings(row.repair) for row in self.rows},
             "versions": versions(),
-            "threads": self.threads,
+            "threads": threads_of(self.victim),
             "kernel_backend": kernel_backend(self.victim, self.samples.images, self.samples.labels),
         }
 

@@ -15,8 +15,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from smi.attacks import BadNets, poison
 from smi.classifiers import TrainConfig, TrainingSet, train_classifier
 from smi.compute import versions
@@ -27,6 +25,7 @@ from smi.files import output_file
 from smi.gan import fit_prior
 from smi.models import save_classifier
 from smi.priors import save_prior
+from smi.threads import threads_of
 
 SEED = 0
 JUDGE_SEED = 5
@@ -60,7 +59,7 @@ def _classifier(path: Path, name: str, train: TrainingSet, seed: int, record: di
         "measured": asdict(Evaluator(domain.private.test, ATTACK).measure(model)),
         "classes": list(domain.classes),
         "versions": versions(),
-        "threads": torch.get_num_threads(),
+        "threads": threads_of(model),
     }
     save_classifier(model, path, arch=config.arch, record=record, half=True)
 

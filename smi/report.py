@@ -14,7 +14,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from smi.compute import predict, versions
@@ -41,6 +40,7 @@ from smi.sections import (
 )
 from smi.stability import kernel_backend, score_samples
 from smi.suspects import Suspect
+from smi.threads import threads_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +95,7 @@ class Removal:
             "stages": self.stages,
             "settings": self.settings,
             "versions": versions(),
-            "threads": torch.get_num_threads(),
+            "threads": threads_of(self.suspect.model),
             "kernel_backend": kernel_backend(self.suspect.model, samples.images, samples.labels),
         }
 
@@ -137,7 +137,7 @@ def demo_page(demo: Demo) -> str:
         reconstructions_section(demo.samples, classes),
         perturbations_section(smi.repair, classes),
         curves_section(runs),
-        time_section(demo.stages, demo.threads),
+        time_section(demo.stages, threads_of(demo.victim)),
         record_section(demo.settings, versions()),
     )
 
@@ -153,7 +153,7 @@ def removal_page(removal: Removal) -> str:
         reconstructions_section(cleaned.samples, classes),
         perturbations_section(cleaned.repair, classes),
         curves_section({cleaned.samples.source: cleaned.repair}),
-        time_section(removal.stages, torch.get_num_threads(), resumed=bool(removal.settings.get("resumed"))),
+        time_section(removal.stages, threads_of(removal.suspect.model), resumed=bool(removal.settings.get("resumed"))),
         record_section(removal.settings, versions()),
     )
 

@@ -13,6 +13,7 @@ from smi.compute import asked_precision, predict
 from smi.domains.base import Samples
 from smi.errors import InputError
 from smi.memory import Chunk, halving
+from smi.threads import suited
 from smi_kernels import stability_scores, which_backend
 
 
@@ -42,7 +43,7 @@ class Selection:
 
 def score_samples(model: nn.Module, samples: Samples, selection: Selection = Selection(), *, seed: int = 0) -> Tensor:
     """Stability scores float32 ``[N]`` of samples on ``model``, in eval mode. Lower is more stable."""
-    with evaluating(model):
+    with evaluating(model), suited(model):
         device, options = device_of(model), _options(selection)
 
         def of(chunk: Tensor) -> Tensor:

@@ -206,6 +206,7 @@ def nested(depth):
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # put back, should --threads change it
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     return tmp_path
 
