@@ -1,15 +1,42 @@
-"""Set before torch is imported: threads that spin while they wait slow down every other process of a small machine."""
+"""The environment of all tests, and what is said at their end."""
 
 import os
 
+# Before torch is imported, and for all processes that tests start, kernels of notebooks among them. One worker a core
+# and one thread a worker: most tests use one core. Threads that spin while they wait would slow down the other workers.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import study_pieces
 
 from smi.memory import keep_freed
+from smi.threads import usable_cores
 
 keep_freed()
+
+WORKERS = 8  # at most: each takes a gigabyte
+# What takes minutes begins first, or a worker would be left with it at the end.
+LONG = ("test_kernels_interpreter.py", "test_browser.py", "test_kernels_aot.py", ".ipynb")
+
+
+def pytest_xdist_auto_num_workers(config):
+    """What ``-n auto`` of pyproject.toml means."""
+    return min(WORKERS, usable_cores())
+
+
+def pytest_collection_modifyitems(items):
+    def place(item):
+        return next((i for i, name in enumerate(LONG) if item.path.name.endswith(name)), len(LONG))
+
+    items.sort(key=place)
+
+
+def pytest_terminal_summary(terminalreporter):
+    skipped = [report for report in terminalreporter.stats.get("skipped", []) if "browser" in report.keywords]
+    if skipped:
+        why = str(skipped[0].longrepr[2]).removeprefix("Skipped: ")
+        terminalreporter.write_line(f"{len(skipped)} tests in a real browser were skipped: {why}", yellow=True)
 
 
 @pytest.fixture

@@ -104,14 +104,41 @@ def test_everything_imports_without_triton(tmp_path):
     run(sys.executable, "-c", f"{BLOCK_TRITON}\nimport smi\nimport smi_kernels{modules}{check}", cwd=tmp_path)
 
 
-def test_readme_ci_and_workflow_run_the_same_command():
-    for name in ("README.md", ".ci/run", ".github/workflows/ci.yml"):
-        assert TEST_COMMAND in (ROOT / name).read_text(), name
+FAKE_TOOL = """#!/bin/bash
+echo "$(basename "$0") $* in $PWD with $(env | grep -cE '^(OMP|MKL|PYTEST|SMI)_')" >> "$RAN"
+if [ "$1 $2" = "-m venv" ]; then
+  mkdir -p "$3/bin"
+  for tool in python smi pytest; do cp "$0" "$3/bin/$tool"; done
+  echo "PATH=$3/bin:\\$PATH" > "$3/bin/activate"
+fi
+"""
+
+
+def test_ci_runs_the_commands_of_the_readme(tmp_path):
+    """With tools that only write down how they were called: in a copy, nothing set that a reader would not have."""
+    commands = re.findall(r"^python -m pip install -e .* && .*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert commands == ["python -m pip install -e . && smi demo", TEST_COMMAND]
     assert ".ci/run" in (ROOT / ".github" / "workflows" / "ci.yml").read_text()
-    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    repository, tools = tmp_path / "repository", tmp_path / "tools"
+    for name in (".ci/run", "README.md"):
+        (repository / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, repository / name)
+    tools.mkdir()
+    for name in ("chromium", "fake"):
+        (tools / name).write_text(FAKE_TOOL)
+        (tools / name).chmod(0o755)
+    run("git", "init", "-q", cwd=repository)
+    run("git", "add", ".", cwd=repository)
+    kept = {name: value for name, value in os.environ.items() if not re.match("(OMP|MKL|PYTEST|SMI)_", name)}
+    kept |= {"PATH": f"{tools}:{os.environ['PATH']}", "PYTHON": str(tools / "fake"), "RAN": str(tmp_path / "ran")}
+    run(str(repository / ".ci" / "run"), env=kept)
+    made, *called = (tmp_path / "ran").read_text().splitlines()
+    assert made.startswith("fake -m venv")
+    wanted = ["python -m pip install -e .", "smi demo", "python -m pip install -e .[test]", "pytest"]
+    assert [line.partition(" in ")[0].strip() for line in called] == wanted
+    assert all(line.endswith("with 0") and str(repository) not in line for line in called)
 
 
-@pytest.fixture(scope="module")
 def built(tmp_path_factory):
     """Sdist, and the wheel built from that sdist: what an upload would be."""
     folder = tmp_path_factory.mktemp("build")
