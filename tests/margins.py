@@ -1,0 +1,340 @@
+"""By how much what notebooks claim and tests compare holds: over seeds, numbers of threads and number formats.
+
+    python tests/margins.py [--only NAME ...] [--workers N] [--out FILE]
+
+Runs every notebook, and the tests that compare numbers, once in each of `SETTINGS`, and writes a table with a row for
+each comparison whose numbers are not always the same: the smallest margin first. ``margin`` is the distance of the mean
+from the bound and ``worst`` that of the nearest run, both in units of the spread (the standard deviation over runs);
+below zero it failed. A comparison holds by a hair where its margin is below `HAIR`.
+
+A seed of n adds n to every seed that torch's generators and the stability score are given. bfloat16 is the processor's
+own where it has it; elsewhere what goes into and comes out of a layer is rounded to it, forward and backward.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import csv
+import json
+import math
+import operator
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+OUT = ROOT / "tests" / "margins.csv"
+HAIR = 3.0
+
+
+class Setting(NamedTuple):
+    seed: int
+    threads: int
+    precision: str
+
+
+SETTINGS = [
+    Setting(0, 1, "float32"), Setting(1, 1, "bfloat16"), Setting(2, 2, "float32"), Setting(3, 2, "bfloat16"),
+    Setting(4, 4, "float32"), Setting(0, 4, "bfloat16"),
+]  # fmt: skip
+
+# Nothing is trained or searched there, or it is compared with an exact value.
+LEFT_OUT = ("browser", "cli", "docs", "hostile", "interrupts", "lab", "notebooks", "packaging", "readme", "style")
+SIGNS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
+NODES = {ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">="}
+
+
+# In the process of one run ------------------------------------------------------------------------------------------
+
+
+class Log:
+    """Appends what was compared to a file, a line each."""
+
+    def __init__(self, path):
+        self.path, self.seen = path, defaultdict(int)
+
+    def write(self, where, text, holds, left=None, sign=None, right=None):
+        self.seen[text] += 1
+        name = f"{text} ({self.seen[text]})" if self.seen[text] > 1 else text
+        line = {"where": where, "text": name, "holds": holds, "left": left, "sign": sign, "right": right}
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def shift(seed):
+    """Add ``seed`` to what torch's generators and the score are seeded with. Before smi is imported."""
+    import torch
+
+    import smi_kernels
+
+    class Generator(torch.Generator):
+        def manual_seed(self, value):
+            return super().manual_seed((value + seed) % 2**63)
+
+    global_seed, scores = torch.manual_seed, smi_kernels.stability_scores
+    torch.Generator = Generator
+    torch.manual_seed = torch.random.manual_seed = lambda value: global_seed(int(value) + seed)
+    smi_kernels.stability_scores = lambda *args, **options: scores(
+        *args, **options | {"seed": options.get("seed", 0) + seed}
+    )
+
+
+def compute_in(precision):
+    """Run models in this number format for the rest of the process."""
+    from contextlib import nullcontext
+
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    import smi.compute
+
+    if precision == "bfloat16" and not smi.compute.bf16_is_fast():
+
+        class Round(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, value):
+                return value.bfloat16().float()
+
+            @staticmethod
+            def backward(ctx, gradient):
+                return gradient.bfloat16().float()
+
+        f = torch.nn.functional
+        layers = {f.conv2d, torch.conv2d, f.conv_transpose2d, f.linear, f.batch_norm, torch.matmul}
+
+        def rounded(value):
+            return Round.apply(value) if isinstance(value, torch.Tensor) and value.dtype == torch.float32 else value
+
+        class Rounded(TorchFunctionMode):
+            def __torch_function__(self, function, types, args=(), kwargs=None):
+                if function not in layers:
+                    return function(*args, **(kwargs or {}))
+                inputs = args if function is f.batch_norm else map(rounded, args)
+                return rounded(function(*inputs, **(kwargs or {})))
+
+        smi.compute.mixed = lambda device: Rounded() if device.type == "cpu" else nullcontext()
+    else:
+        smi.compute._asked.set(precision)
+
+
+def number(value):
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+
+
+class Compared(ast.NodeTransformer):
+    """``a < b`` in a claim becomes ``__compared__("<", a, b)``; not what is compared inside of it, for counts."""
+
+    def visit_GeneratorExp(self, node):
+        return node
+
+    def visit_Compare(self, node):
+        if not all(type(sign) in NODES for sign in node.ops):
+            return node
+        signs = ast.Constant(" ".join(NODES[type(sign)] for sign in node.ops))
+        return ast.Call(ast.Name("__compared__", ast.Load()), [signs, node.left, *node.comparators], [])
+
+
+class Claims(ast.NodeTransformer):
+    """Rewrites ``claim(text, condition)``."""
+
+    def visit_Call(self, node):
+        self.generic_visit(node)
+        if isinstance(node.func, ast.Name) and node.func.id == "claim":
+            condition = Compared().visit(node.args[1])
+            node.args[1] = ast.Lambda(ast.arguments([], [], None, [], [], None, []), condition)
+        return node
+
+
+def notebook_script(path):
+    """The code of a notebook, with its claims rewritten."""
+    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    tree = ast.parse("\n\n".join("".join(cell["source"]) for cell in cells))
+    return ast.unparse(ast.fix_missing_locations(Claims().visit(tree)))
+
+
+def run_notebook(path, log):
+    """Run a notebook's code in this process and write down its claims; one that does not hold does not stop it."""
+    import runpy
+
+    import smi.exercises
+
+    text = ""
+
+    def compared(signs, *values):
+        holds = True
+        for sign, left, right in zip(signs.split(), values[:-1], values[1:], strict=True):
+            found = SIGNS[sign](left, right)
+            if number(left) is not None and number(right) is not None:
+                log.write(path.stem, text, bool(found), number(left), sign, number(right))
+            holds = found if holds is True else holds & found
+        return holds
+
+    def claim(said, condition):
+        nonlocal text
+        text = said
+        log.write(path.stem, f"{said}:", bool(condition()))
+
+    smi.exercises.claim = claim
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder) / f"{path.stem}.py"
+        script.write_text(notebook_script(path))
+        runpy.run_path(str(script), {"__compared__": compared})
+
+
+class Assertions:
+    """A plugin that writes down the comparisons of assertions, and which failed."""
+
+    def __init__(self, log):
+        self.log = log
+
+    def pytest_assertion_pass(self, item, lineno, orig, expl):
+        self.compared(item.nodeid, orig.strip(), expl.splitlines()[0])
+
+    def pytest_runtest_makereport(self, item, call):
+        if call.excinfo is None or call.excinfo.typename == "Skipped":
+            return
+        said = (str(call.excinfo.value).splitlines() or [call.excinfo.typename])[0]
+        source = str(call.excinfo.traceback[-1].statement).strip().removeprefix("assert ")
+        if not self.compared(item.nodeid, source, said.removeprefix("assert ")):
+            self.log.write(item.nodeid, f"{source}: {said}"[:300], False)
+
+    def compared(self, where, source, shown):
+        """Write down the numbers of an assertion as pytest shows it. Returns whether there were any."""
+        parts = re.split(r" (<=|>=|<|>) ", re.sub(r"tensor\(([^(),]*)(, [^()]*)?\)", r"\1", shown))
+        found = False
+        for left, sign, right in zip(parts[:-2:2], parts[1::2], parts[2::2], strict=True):
+            try:
+                values = [float(eval(side, {"__builtins__": {}}, {"inf": math.inf})) for side in (left, right)]
+            except Exception:
+                continue
+            self.log.write(where, source, SIGNS[sign](*values), values[0], sign, values[1])
+            found = True
+        return found
+
+
+def run_tests(path, log):
+    import pytest
+
+    options = ["-o", "addopts=", "-o", "enable_assertion_pass_hook=true", "-p", "no:cacheprovider", "-q", "-m"]
+    return pytest.main([*options, "not gpu and not slow and not browser", str(path)], plugins=[Assertions(log)])
+
+
+def one(path, setting, log):
+    """One run of one notebook or test file, in this process."""
+    shift(setting.seed)
+    compute_in(setting.precision)
+    if path.suffix == ".ipynb":
+        run_notebook(path, Log(log))
+    else:
+        run_tests(path, Log(log))
+
+
+# All runs -----------------------------------------------------------------------------------------------------------
+
+
+def subjects(only):
+    files = [*sorted((ROOT / "notebooks").glob("*.ipynb")), *sorted((ROOT / "tests").glob("test_*.py"))]
+    files = [file for file in files if file.stem.removeprefix("test_") not in LEFT_OUT]
+    chosen = [file for file in files if not only or any(name in file.stem for name in only)]
+    return chosen or sys.exit(f"--only names none of {', '.join(file.stem for file in files)}.")
+
+
+def begin(path, setting, folder):
+    """Run `one` in a process of its own. Returns what it wrote and, where it did not end well, its last words."""
+    log = folder / f"{path.stem}-{setting.seed}-{setting.threads}-{setting.precision}"
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(setting.threads), "OMP_WAIT_POLICY": "PASSIVE", "SMI_PROGRESS": "0",
+        "PYTHONPYCACHEPREFIX": str(folder / "pycache"),  # assertions are compiled otherwise for their hook
+    }  # fmt: skip
+    if path.stem.startswith("09"):
+        environment["TRITON_INTERPRET"] = "1"
+    command = [sys.executable, __file__, "--one", str(path), *map(str, setting), str(log)]
+    cwd = path.parent if path.suffix == ".ipynb" else ROOT
+    done = subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True)
+    lines = log.read_text().splitlines() if log.exists() else []
+    found = [json.loads(line) | {"setting": setting} for line in lines]
+    return found, "" if done.returncode == 0 else (done.stdout + done.stderr)[-2000:]
+
+
+def rows_of(found):
+    """The table: one row for each comparison, and for each claim without numbers that did not always hold."""
+    grouped = defaultdict(list)
+    for line in found:
+        grouped[line["where"], line["text"], line["sign"]].append(line)
+    rows = []
+    for (where, text, sign), lines in grouped.items():
+        failed = [line for line in lines if not line["holds"]]
+        said = "; ".join(f"seed {s.seed}, {s.threads} threads, {s.precision}" for s in (x["setting"] for x in failed))
+        row = {"where": where, "what": text, "runs": len(lines), "failed": len(failed), "failed_in": said}
+        if sign is None:
+            if failed:
+                rows.append(row | {"margin": -math.inf})
+            continue
+        gaps = [(x["left"] - x["right"]) * (1 if sign.startswith(">") else -1) for x in lines]
+        spread = stdev(gaps) if len(gaps) > 1 else 0.0
+        if spread == 0 and not failed:
+            continue  # a fact that no seed changes
+        scale = spread or 1.0
+        row |= {"sign": sign, "left": fmean(x["left"] for x in lines), "right": fmean(x["right"] for x in lines)}
+        rows.append(row | {"spread": spread, "worst": min(gaps) / scale, "margin": fmean(gaps) / scale})
+    return sorted(rows, key=lambda row: (not row["failed"], row["margin"]))
+
+
+FIELDS = ["where", "what", "runs", "failed", "margin", "worst", "left", "sign", "right", "spread", "failed_in"]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="NAME", help="parts of names of notebooks and test files"
+    )
+    parser.add_argument("--workers", type=int, default=1, help="processes at a time")
+    parser.add_argument("--settings", type=int, default=len(SETTINGS), help="how many of the settings, from the first")
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        path, seed, threads, precision, log = options.one
+        return one(Path(path), Setting(int(seed), int(threads), precision), Path(log))
+    found = []
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.workers) as pool:
+        runs = [(path, setting) for setting in SETTINGS[: options.settings] for path in subjects(options.only)]
+        for (path, setting), (lines, died) in zip(
+            runs, pool.map(lambda run: begin(*run, Path(folder)), runs), strict=True
+        ):
+            found += lines
+            broken = [f"    {line['text']}" for line in lines if not line["holds"]]
+            print(
+                path.stem,
+                *setting,
+                len(lines),
+                f"died: {died}" if died else "",
+                *broken,
+                sep="\n" if broken else " ",
+                flush=True,
+            )
+    rows = rows_of(found)
+    with options.out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, restval="")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
+    for row in rows:
+        if row["failed"] or row["margin"] < HAIR:
+            print(f"{row['margin']:6.1f}  {row['failed']} of {row['runs']} failed  {row['where']}: {row['what'][:120]}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
