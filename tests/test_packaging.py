@@ -139,6 +139,7 @@ def test_ci_runs_the_commands_of_the_readme(tmp_path):
     assert all(line.endswith("with 0") and str(repository) not in line for line in called)
 
 
+@pytest.fixture(scope="module")
 def built(tmp_path_factory):
     """Sdist, and the wheel built from that sdist: what an upload would be."""
     folder = tmp_path_factory.mktemp("build")
