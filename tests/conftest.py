@@ -17,7 +17,7 @@ keep_freed()
 
 WORKERS = 8  # at most: each takes a gigabyte
 # What takes minutes begins first, or a worker would be left with it at the end.
-LONG = ("test_kernels_interpreter.py", "test_browser.py", "test_kernels_aot.py", ".ipynb")
+LONG = ("test_kernels_interpreter.py", "test_browser.py", "test_study.py", "test_kernels_aot.py", ".ipynb")
 
 
 def pytest_xdist_auto_num_workers(config):
