@@ -1,6 +1,6 @@
 """By how much what notebooks claim and tests compare holds: over seeds, numbers of threads and number formats.
 
-    python tests/margins.py [--only NAME ...] [--workers N] [--out FILE]
+    python tests/margins.py [--only NAME ...] [--workers N] [--out FILE] [--resume]
 
 Runs every notebook, and the tests that compare numbers, once in each of `SETTINGS`, and writes a table with a row for
 each comparison whose numbers are not always the same: the smallest margin first. ``margin`` is the distance of the mean
@@ -21,6 +21,7 @@ import math
 import operator
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -32,6 +33,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "tests" / "margins.csv"
+RUNS = ROOT / "build" / "margins"  # one file a run
 HAIR = 3.0
 
 
@@ -141,6 +143,8 @@ class Compared(ast.NodeTransformer):
 
     def visit_GeneratorExp(self, node):
         return node
+
+    visit_ListComp = visit_GeneratorExp
 
     def visit_Compare(self, node):
         if not all(type(sign) in NODES for sign in node.ops):
@@ -255,7 +259,11 @@ def subjects(only):
 
 def begin(path, setting, folder):
     """Run `one` in a process of its own. Returns what it wrote and, where it did not end well, its last words."""
-    log = folder / f"{path.stem}-{setting.seed}-{setting.threads}-{setting.precision}"
+    log = folder / "-".join(map(str, (path.stem, *setting)))
+    done = log.with_name(f"{log.name}.done")
+    if done.exists():
+        return read(log, setting), ""
+    log.unlink(missing_ok=True)
     environment = os.environ | {
         "OMP_NUM_THREADS": str(setting.threads), "OMP_WAIT_POLICY": "PASSIVE", "SMI_PROGRESS": "0",
         "PYTHONPYCACHEPREFIX": str(folder / "pycache"),  # assertions are compiled otherwise for their hook
@@ -264,10 +272,16 @@ def begin(path, setting, folder):
         environment["TRITON_INTERPRET"] = "1"
     command = [sys.executable, __file__, "--one", str(path), *map(str, setting), str(log)]
     cwd = path.parent if path.suffix == ".ipynb" else ROOT
-    done = subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True)
+    ended = subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True)
+    if ended.returncode:
+        return read(log, setting), (ended.stdout + ended.stderr)[-2000:]
+    done.touch()
+    return read(log, setting), ""
+
+
+def read(log, setting):
     lines = log.read_text().splitlines() if log.exists() else []
-    found = [json.loads(line) | {"setting": setting} for line in lines]
-    return found, "" if done.returncode == 0 else (done.stdout + done.stderr)[-2000:]
+    return [json.loads(line) | {"setting": setting} for line in lines]
 
 
 def rows_of(found):
@@ -305,27 +319,26 @@ def main():
     parser.add_argument("--workers", type=int, default=1, help="processes at a time")
     parser.add_argument("--settings", type=int, default=len(SETTINGS), help="how many of the settings, from the first")
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument(
+        "--resume", action="store_true", help=f"keep what {RUNS.relative_to(ROOT)} has of an earlier call"
+    )
     parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         path, seed, threads, precision, log = options.one
         return one(Path(path), Setting(int(seed), int(threads), precision), Path(log))
+    if not options.resume:
+        shutil.rmtree(RUNS, ignore_errors=True)
+    RUNS.mkdir(parents=True, exist_ok=True)
+    runs = [(path, setting) for setting in SETTINGS[: options.settings] for path in subjects(options.only)]
     found = []
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.workers) as pool:
-        runs = [(path, setting) for setting in SETTINGS[: options.settings] for path in subjects(options.only)]
-        for (path, setting), (lines, died) in zip(
-            runs, pool.map(lambda run: begin(*run, Path(folder)), runs), strict=True
-        ):
+    with ThreadPoolExecutor(options.workers) as pool:
+        for run, (lines, died) in zip(runs, pool.map(lambda run: begin(*run, RUNS), runs), strict=True):
             found += lines
-            broken = [f"    {line['text']}" for line in lines if not line["holds"]]
+            print(run[0].stem, *run[1], f"{len(lines)} comparisons", flush=True)
+            broken = [f"    does not hold: {line['text']}" for line in lines if not line["holds"]]
             print(
-                path.stem,
-                *setting,
-                len(lines),
-                f"died: {died}" if died else "",
-                *broken,
-                sep="\n" if broken else " ",
-                flush=True,
+                *broken, *([f"    did not end: {died}"] if died else []), sep="\n", end="\n" if broken or died else ""
             )
     rows = rows_of(found)
     with options.out.open("w", newline="") as file:

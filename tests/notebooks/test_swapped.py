@@ -31,6 +31,6 @@ smi.invert = random_samples
 def test_random_samples_in_place_of_reconstructions_turn_a_notebook_red(name):
     notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
     notebook.cells.insert(0, nbformat.v4.new_code_cell(SWAP))
-    client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(FOLDER)}})
+    client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(FOLDER)}})
     with pytest.raises(CellExecutionError, match="This does not hold here"):
         client.execute()
