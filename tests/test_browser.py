@@ -1,8 +1,9 @@
-"""Notebooks with an explorer in JupyterLab and a real browser: they run up to it, and it answers the keyboard.
+"""Notebooks with an explorer in JupyterLab and a real browser: what it needs is run, and it answers the keyboard.
 
-What comes after the explorer is nbval's to run: twice would take minutes.
+All other cells are nbval's to run: twice would take minutes.
 """
 
+import ast
 import os
 import re
 import secrets
@@ -32,9 +33,15 @@ READY = """async () => {
     await panel.sessionContext.ready;
     await panel.sessionContext.session.kernel.info;
 }"""
-RUN = """(index) => {
-    window.jupyterapp.shell.currentWidget.content.activeCellIndex = index + 1;
-    window.ran = window.jupyterapp.commands.execute('notebook:run-all-above').then(() => { window.ran = 'done'; });
+RUN = """(cells) => {
+    const run = async () => {
+        for (const index of cells) {
+            window.jupyterapp.shell.currentWidget.content.activeCellIndex = index;
+            await window.jupyterapp.commands.execute('notebook:run-cell');
+        }
+        window.ran = 'done';
+    };
+    window.ran = run();
 }"""
 # Cells far from what is seen are not in the page; their outputs are in the model.
 ERRORS = """() => Array.from(window.jupyterapp.shell.currentWidget.content.widgets).flatMap((cell, index) =>
@@ -53,6 +60,28 @@ def explorer_cell(path):
         if cell.cell_type == "code" and re.search(r"^explorer = \w+Explorer\(", cell.source, re.MULTILINE):
             return index
     return None
+
+
+def needed_cells(path, last):
+    """The code cells that the one at ``last`` needs, by the names that they bind and read, and itself."""
+    cells = nbformat.read(path, as_version=4).cells
+    chosen, wanted = [], set()
+    for index in reversed(range(last + 1)):
+        if cells[index].cell_type != "code":
+            continue
+        tree = ast.parse(cells[index].source)
+        names = {(type(node.ctx), node.id) for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        bound = {name for context, name in names if context is ast.Store}
+        bound |= {alias.asname or alias.name.split(".")[0] for node in ast.walk(tree) for alias in imports(node)}
+        bound |= {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        if index == last or bound & wanted:
+            chosen.insert(0, index)
+            wanted = (wanted - bound) | {name for context, name in names if context is ast.Load} - bound
+    return chosen
+
+
+def imports(node):
+    return node.names if isinstance(node, ast.Import | ast.ImportFrom) else []
 
 
 CELLS = {path: explorer_cell(path) for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
@@ -130,7 +159,7 @@ def run_to_explorer(page, lab, path):
     page.goto(f"{address}/lab/tree/notebooks/{path.name}?reset&token={token}")
     page.wait_for_function("() => window.jupyterapp?.shell.currentWidget?.context", timeout=120_000)
     page.evaluate(READY)
-    page.evaluate(RUN, CELLS[path])
+    page.evaluate(RUN, needed_cells(path, CELLS[path]))
     page.wait_for_function("() => window.ran === 'done'", timeout=900_000, polling=250)  # a busy machine is slow
     assert page.evaluate(ERRORS) == []
 
