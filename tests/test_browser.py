@@ -1,6 +1,6 @@
 """Notebooks with an explorer in JupyterLab and a real browser: what it needs is run, and it answers the keyboard.
 
-All other cells are nbval's to run: twice would take minutes.
+All other cells, and what is claimed, are nbval's to run: twice would take minutes.
 """
 
 import ast
@@ -43,6 +43,15 @@ RUN = """(cells) => {
     };
     window.ran = run();
 }"""
+# What every kernel runs first: samples for an explorer need no removal in earnest, and then nothing can be claimed.
+QUICK = """
+import functools
+import smi
+import smi.exercises
+published = smi.defenses.IBAU(solver=smi.defenses.Published(rounds=1))
+smi.remove_backdoor = functools.partial(smi.remove_backdoor, per_class=5, defense=published)
+smi.exercises.claim = lambda text, holds: None
+"""
 # Cells far from what is seen are not in the page; their outputs are in the model.
 ERRORS = """() => Array.from(window.jupyterapp.shell.currentWidget.content.widgets).flatMap((cell, index) =>
     (cell.model.type === 'code' ? cell.model.outputs.toJSON() : []).filter(
@@ -118,6 +127,9 @@ def lab(chromium, tmp_path_factory):
     settings.mkdir(parents=True)
     # Or a question about news stands in every picture.
     (settings / "notification.jupyterlab-settings").write_text('{"fetchNews": "false"}')
+    startup = home / "ipythondir" / "profile_default" / "startup"
+    startup.mkdir(parents=True)
+    (startup / "quick.py").write_text(QUICK)
     folders = ("HOME", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")
     command = [
         sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1",
