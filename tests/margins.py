@@ -5,8 +5,8 @@
 Runs every notebook once in each of `SETTINGS`, and the tests that compare numbers, which take minutes a file, in those
 of `FEW`. Writes a table with a row for each comparison whose numbers are not always the same, the smallest margin
 first. ``margin`` is the distance of the mean from the bound and ``worst`` that of the nearest run, both in units of the
-spread (the standard deviation over runs); below zero it failed. A comparison holds by a hair where its margin is below
-`HAIR`.
+spread (the standard deviation over runs); below zero it failed. Where all numbers are above zero these three are of
+their logarithms. A comparison holds by a hair where its margin is below `HAIR`.
 
 A seed of n adds n to every seed that torch's generators and the stability score are given. bfloat16 is the processor's
 own where it has it; elsewhere what goes into and comes out of a layer is rounded to it, forward and backward.
@@ -286,6 +286,13 @@ def read(log, setting):
     return [json.loads(line) | {"setting": setting} for line in lines]
 
 
+def scaled(lines):
+    """Both sides of each comparison; their logarithms where all are above zero, so that a factor counts, not a unit."""
+    pairs = [(line["left"], line["right"]) for line in lines]
+    positive = all(0 < value < math.inf for pair in pairs for value in pair)
+    return [(math.log(x), math.log(y)) for x, y in pairs] if positive else pairs
+
+
 def rows_of(found):
     """The table: one row for each comparison, and for each claim without numbers that did not always hold."""
     grouped = defaultdict(list)
@@ -300,7 +307,7 @@ def rows_of(found):
             if failed:
                 rows.append(row | {"margin": -math.inf})
             continue
-        gaps = [(x["left"] - x["right"]) * (1 if sign.startswith(">") else -1) for x in lines]
+        gaps = [(x - y) * (1 if sign.startswith(">") else -1) for x, y in scaled(lines)]
         spread = stdev(gaps) if len(gaps) > 1 else 0.0
         if spread == 0 and not failed:
             continue  # a fact that no seed changes
