@@ -52,8 +52,8 @@ FEW = [SETTINGS[0], SETTINGS[3], SETTINGS[4]]
 
 # The tests that train or search something and compare numbers of it.
 TESTS = (
-    "analysis", "analysis_study", "analysis_theorem", "answers", "assets", "attacks", "attacks_optimised",
-    "attacks_static", "classifiers", "defenses", "defenses_others", "detection", "explorers", "hypergradient",
+    "analysis", "analysis_study", "analysis_theorem", "answers", "attacks", "attacks_optimised", "attacks_static",
+    "classifiers", "defenses", "defenses_others", "detection", "explorers", "hypergradient",
     "inversion", "pipeline", "priors", "restarted", "selection", "trial", "universal",
 )  # fmt: skip
 SIGNS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}

@@ -277,7 +277,8 @@ def test_clean_behaviour_is_held_less_firmly_where_more_perturbations_are_stampe
 
 
 def test_public_images_are_stamped_with_the_suspects_labels(monkeypatch) -> None:
-    s, public = samples(80), PublicImages(torch.ones(9, 1, 8, 8))
+    s, public, model = samples(80), PublicImages(torch.ones(9, 1, 8, 8)), tiny_model()
+    model.body[4].weight.data *= 10  # sure of its answers, whatever they are: others would not count
     seen = []
 
     def keep(self, images: torch.Tensor) -> torch.Tensor:
@@ -286,9 +287,7 @@ def test_public_images_are_stamped_with_the_suspects_labels(monkeypatch) -> None
 
     monkeypatch.setattr(_Adversary, "stamp", keep)
     for share in (0.0, 2.0):
-        Robust(schedule=Schedule(rounds=1, batch_size=8), radius=0.1, steps=1, public=share).solve(
-            tiny_model(), s, public, 0
-        )
+        Robust(schedule=Schedule(rounds=1, batch_size=8), radius=0.1, steps=1, public=share).solve(model, s, public, 0)
     without, twice = seen[:10], seen[10:]
     assert [len(batch) for batch in without] == [4] * 10
     assert [len(batch) for batch in twice] == [12] * 10
