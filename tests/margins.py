@@ -128,7 +128,11 @@ def compute_in(precision):
                 inputs = args if function is f.batch_norm else map(rounded, args)
                 return rounded(function(*inputs, **(kwargs or {})))
 
-        smi.compute.mixed = lambda device: Rounded() if device.type == "cpu" else nullcontext()
+        def mixed(device):
+            auto = device.type == "cpu" and smi.compute.asked_precision() == "auto"
+            return Rounded() if auto else nullcontext()
+
+        smi.compute.mixed = mixed
     else:
         smi.compute._asked.set(precision)
 
