@@ -1,0 +1,1 @@
+"""Find triggers, erase their directions from the features, tune a little."""

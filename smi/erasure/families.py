@@ -1,0 +1,167 @@
+"""Families of universal triggers: what is searched for where nobody knows the trigger.
+
+A family is a way to write a trigger down as a few numbers, and a measure of how much of an image it takes. Each stands
+for a kind of attack: additive noise, a patch, something smooth that is blended in, a warp. Stamping is differentiable
+and works on many candidates at once.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from smi_kernels import Registry
+
+TINY = 1e-6
+
+
+class Family(Protocol):
+    """Candidates are rows of a float tensor ``[K, P]``."""
+
+    @property
+    def rate(self) -> float:
+        """Learning rate of Adam on those numbers."""
+
+    @property
+    def weight(self) -> float:
+        """Of `size` in the search's objective."""
+
+    def start(self, count: int, shape: torch.Size, rng: torch.Generator) -> Tensor:
+        """``count`` random candidates ``[K, P]`` for images of shape ``(C, H, W)``."""
+
+    def stamp(self, numbers: Tensor, images: Tensor) -> Tensor:
+        """Every image under every candidate: ``[K, N, C, H, W]`` in [0, 1] of images ``[N, C, H, W]``."""
+
+    def size(self, numbers: Tensor, shape: torch.Size) -> Tensor:
+        """How much of an image each candidate takes, ``[K]``, in the family's own unit."""
+
+
+families: Registry[Family] = Registry("trigger family")
+
+
+def _norm(values: Tensor) -> Tensor:
+    return (values.flatten(1).square().sum(1) + TINY**2).sqrt()
+
+
+@dataclass(frozen=True)
+class Additive:
+    """``x + δ``. Size: the L2 norm of δ."""
+
+    rate: float = 0.05
+    weight: float = 1.0
+    begin: float = 1.0  # norm of the first δ: not 0, where units at a dark border are dead and no gradient points
+
+    def start(self, count: int, shape: torch.Size, rng: torch.Generator) -> Tensor:
+        """Gaussian noise of norm about ``begin``."""
+        return torch.randn(count, shape.numel(), generator=rng) * self.begin / math.sqrt(shape.numel())
+
+    def stamp(self, numbers: Tensor, images: Tensor) -> Tensor:
+        """``[K, N, C, H, W]``."""
+        return (images + numbers.view(-1, 1, *images.shape[1:])).clamp(0, 1)
+
+    def size(self, numbers: Tensor, shape: torch.Size) -> Tensor:
+        """L2 norms ``[K]``, in pixels of [0, 1]."""
+        return _norm(numbers)
+
+
+@dataclass(frozen=True)
+class Masked:
+    """``(1 − m) x + m p`` with one mask m for all channels (Neural Cleanse's). Size: the sum of m, in pixels."""
+
+    rate: float = 0.2
+    weight: float = 0.15
+
+    def start(self, count: int, shape: torch.Size, rng: torch.Generator) -> Tensor:
+        """Masks around 0.1, colours around grey."""
+        pixels = shape[1] * shape[2]
+        mask = torch.randn(count, pixels, generator=rng) * 0.5 - 2.2
+        return torch.cat([mask, torch.randn(count, shape.numel(), generator=rng)], 1)
+
+    def parts(self, numbers: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
+        """Masks ``[K, 1, H, W]`` and patterns ``[K, C, H, W]``, in [0, 1]."""
+        pixels = shape[1] * shape[2]
+        mask, pattern = numbers.sigmoid().split([pixels, shape.numel()], 1)
+        return mask.view(-1, 1, *shape[1:]), pattern.view(-1, *shape)
+
+    def stamp(self, numbers: Tensor, images: Tensor) -> Tensor:
+        """``[K, N, C, H, W]``."""
+        mask, pattern = self.parts(numbers, images.shape[1:])
+        return images + mask[:, None] * (pattern[:, None] - images)
+
+    def size(self, numbers: Tensor, shape: torch.Size) -> Tensor:
+        """Sums of the masks ``[K]``."""
+        return self.parts(numbers, shape)[0].flatten(1).sum(1)
+
+
+@dataclass(frozen=True)
+class Smooth:
+    """``x + δ`` with δ a coarse grid enlarged bicubically. Size: the root mean square of δ, in pixels of [0, 1]."""
+
+    rate: float = 0.02
+    weight: float = 4.0
+    grid: int = 6
+    begin: float = 0.02
+
+    def start(self, count: int, shape: torch.Size, rng: torch.Generator) -> Tensor:
+        """Gaussian noise on the grid."""
+        return torch.randn(count, shape[0] * self.grid**2, generator=rng) * self.begin
+
+    def delta(self, numbers: Tensor, shape: torch.Size) -> Tensor:
+        """δ ``[K, C, H, W]``."""
+        coarse = numbers.view(len(numbers), shape[0], self.grid, self.grid)
+        return F.interpolate(coarse, size=shape[1:], mode="bicubic", align_corners=True)
+
+    def stamp(self, numbers: Tensor, images: Tensor) -> Tensor:
+        """``[K, N, C, H, W]``."""
+        return (images + self.delta(numbers, images.shape[1:])[:, None]).clamp(0, 1)
+
+    def size(self, numbers: Tensor, shape: torch.Size) -> Tensor:
+        """Root mean squares ``[K]``."""
+        return _norm(self.delta(numbers, shape)) / math.sqrt(shape.numel())
+
+
+@dataclass(frozen=True)
+class Warped:
+    """The image sampled elsewhere: displacements on a coarse grid, enlarged bicubically. Size: their root mean square,
+    in pixels."""
+
+    rate: float = 0.1
+    weight: float = 0.5
+    grid: int = 5
+    begin: float = 0.2
+
+    def start(self, count: int, shape: torch.Size, rng: torch.Generator) -> Tensor:
+        """Displacements of a fraction of a pixel."""
+        return torch.randn(count, 2 * self.grid**2, generator=rng) * self.begin
+
+    def field(self, numbers: Tensor, shape: torch.Size) -> Tensor:
+        """Displacements ``[K, H, W, 2]``, x before y, in pixels."""
+        coarse = numbers.view(len(numbers), 2, self.grid, self.grid)
+        return F.interpolate(coarse, size=shape[1:], mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
+
+    def stamp(self, numbers: Tensor, images: Tensor) -> Tensor:
+        """``[K, N, C, H, W]``."""
+        shape = images.shape[1:]
+        height, width = shape[1:]
+        axes = (torch.linspace(-1, 1, side, device=images.device) for side in (height, width))
+        y, x = torch.meshgrid(*axes, indexing="ij")
+        half = torch.tensor([max(width - 1, 1), max(height - 1, 1)], device=images.device) / 2  # pixels from 0 to 1
+        points = (torch.stack([x, y], -1) + self.field(numbers, shape) / half).clamp(-1, 1)
+        # One field for all images of a candidate: images become channels, so that the field is read once.
+        together = images.flatten(0, 1).expand(len(numbers), -1, -1, -1)
+        return F.grid_sample(together, points, align_corners=True).view(len(numbers), *images.shape).clamp(0, 1)
+
+    def size(self, numbers: Tensor, shape: torch.Size) -> Tensor:
+        """Root mean square displacements ``[K]``."""
+        return _norm(self.field(numbers, shape)) / math.sqrt(shape[1] * shape[2])
+
+
+families.add("additive", Additive())
+families.add("masked", Masked())
+families.add("smooth", Smooth())
+families.add("warped", Warped())
