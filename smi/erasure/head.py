@@ -17,8 +17,6 @@ Kin, which erase concepts: Ravfogel et al., "Null It Out", ACL 2020; Belrose et 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -82,9 +80,9 @@ def _averaged(layer: nn.Conv2d, out: Tensor, logits: Tensor) -> bool:
     return fits and torch.allclose(out.mean((2, 3)), logits, rtol=1e-3, atol=1e-4)
 
 
-@contextmanager
-def features_of(model: nn.Module, head: Head) -> Iterator[Callable[[Tensor], tuple[Tensor, Tensor]]]:
-    """Inside the block a function from images ``[N, C, H, W]`` to the head's input ``[N, F]`` and the logits."""
+@torch.no_grad()
+def features(model: nn.Module, head: Head, images: Tensor, *, batch_size: int = 256) -> Tensor:
+    """The head's inputs ``[N, F]`` on images ``[N, C, H, W]``, on the CPU."""
     caught: list[Tensor] = []
 
     def catch(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -92,22 +90,15 @@ def features_of(model: nn.Module, head: Head) -> Iterator[Callable[[Tensor], tup
 
     hook = model.get_submodule(head.name).register_forward_pre_hook(catch)
     try:
-        with fast(model) as run:
+        with evaluating(model), fast(model) as run:
 
-            def both(images: Tensor) -> tuple[Tensor, Tensor]:
-                logits = run(images)
-                return caught[0].float(), logits
+            def asked(part: Tensor) -> Tensor:
+                run(part)
+                return caught[0].float().cpu()
 
-            yield both
+            return torch.cat(list(halving(asked, images, Chunk(batch_size))))
     finally:
         hook.remove()
-
-
-@torch.no_grad()
-def features(model: nn.Module, head: Head, images: Tensor, *, batch_size: int = 256) -> Tensor:
-    """The head's inputs ``[N, F]``, on the CPU."""
-    with evaluating(model), features_of(model, head) as both:
-        return torch.cat(list(halving(lambda part: both(part)[0].cpu(), images, Chunk(batch_size))))
 
 
 @torch.no_grad()

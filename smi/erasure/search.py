@@ -83,7 +83,6 @@ def search(
     targets: Sequence[int],
     config: Search,
     rng: torch.Generator,
-    begin: Sequence[Found] = (),
 ) -> list[Found]:
     """Triggers of every family for every target class.
 
@@ -94,20 +93,16 @@ def search(
         targets: Classes to reach.
         config: See `Search`.
         rng: Draws starts and batches.
-        begin: Triggers to go on from, one `Found` a family; for these targets alone.
 
     Returns:
         One `Found` a family, with ``restarts`` triggers for each target, in the order of ``targets``.
     """
     held = max(1, round(HELD * len(images))) if len(images) > 1 else 0
     order = torch.randperm(len(images), generator=rng)
-    known = {one.family: one.numbers for one in begin}
     wanted = torch.tensor(list(targets)).repeat_interleave(config.restarts)
     found = []
     for name in config.families:
-        numbers = known.get(name)
-        if numbers is None:
-            numbers = families[name].start(len(wanted), images.shape[1:], rng)
+        numbers = families[name].start(len(wanted), images.shape[1:], rng)
         parts = [
             _descend(run, images[order[held:]], labels[order[held:]], name, some, start, config, rng)
             for some, start in zip(wanted.split(config.most), numbers.split(config.most), strict=True)

@@ -7,7 +7,6 @@ teacher on public images is the *erased* model: the suspect's answers would brin
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -73,7 +72,7 @@ def tune(
     Returns:
         The loss of each step.
     """
-    teacher, device = frozen(copy.deepcopy(model)), device_of(model)
+    teacher, device = frozen(model), device_of(model)
     optimizer = torch.optim.SGD(model.parameters(), config.lr, momentum=config.momentum)
     curve = []
     with fast(model) as run:
