@@ -43,13 +43,15 @@ RUN = """(cells) => {
     };
     window.ran = run();
 }"""
-# What every kernel runs first: samples for an explorer need no removal in earnest, and then nothing can be claimed.
+# What every kernel runs first: an explorer needs few samples and no removal in earnest; then nothing can be claimed.
 QUICK = """
 import functools
 import smi
 import smi.exercises
-published = smi.defenses.IBAU(solver=smi.defenses.Published(rounds=1))
-smi.remove_backdoor = functools.partial(smi.remove_backdoor, per_class=5, defense=published)
+quick = smi.defenses.IBAU(solver=smi.defenses.Published(rounds=1))
+smi.remove_backdoor = functools.partial(smi.remove_backdoor, per_class=4, inversion=smi.Latent(), defense=quick)
+smi.invert = lambda *given, per_class, invert=smi.invert, **more: invert(*given, per_class=4, **more)
+smi.defenses.IBAU = lambda **settings: quick
 smi.exercises.claim = lambda text, holds: None
 """
 # Cells far from what is seen are not in the page; their outputs are in the model.

@@ -48,13 +48,14 @@ def written_kernels():
     }
 
 
-def test_shipped_kernels_keep_their_manifest():
-    done = gate("--arch", 75, 80, 90)
+@pytest.mark.parametrize("archs", [(90,), pytest.param((75, 80), marks=pytest.mark.slow)])
+def test_shipped_kernels_keep_their_manifest(archs):
+    done = gate("--arch", *archs)
     assert done.returncode == 0, done.stdout + done.stderr
     listed = {line.split()[0] for line in done.stdout.splitlines() if "  sm_" in line}
     assert len(written_kernels()) >= 8
     assert written_kernels() <= listed, "a kernel has no entry in smi_kernels/manifest.py"
-    for arch in (75, 80, 90):
+    for arch in archs:
         assert f" sm_{arch} " in done.stdout
 
 

@@ -23,7 +23,7 @@ def test_layout_and_dtype(name, number):
     assert result.dtype == kwargs.get("out_dtype", kwargs.get("dtype", result.dtype))
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_chain_under_torch_compile(backend):
     arguments = chain_arguments()
     compiled = torch.compile(chain, backend=backend, fullgraph=True)

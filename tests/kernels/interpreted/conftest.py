@@ -1,4 +1,4 @@
-"""For the files that run in Triton's interpreter; `test_kernels_interpreter` starts a process for each of them."""
+"""For the files that run in Triton's interpreter; `test_kernels_interpreter` starts a process for them."""
 
 import os
 import sys
