@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smi.augment import vary
-from smi.compute import fast
+from smi.compute import fast, precision
 from smi.defenses import Robust
 from smi.defenses.answers import TrustedAnswers
 from smi.defenses.base import Distillation
@@ -62,11 +62,12 @@ def test_answers_are_sharpened_and_only_those_that_a_variation_keeps_count(tempe
     suspect = linear_thirds()
     distance, trusted = by_hand(suspect, temperature)
     assert 10 < trusted.sum() < 50
-    assert distance.mean().item() != pytest.approx(distance[trusted].mean().item(), rel=0.1)
-    only = loss(suspect, HALF, temperature=temperature)
-    everything = loss(suspect, HALF, temperature=temperature, only_trusted=False)
-    assert only == pytest.approx(distance[trusted].mean().item(), rel=1e-2)
-    assert everything == pytest.approx(distance.mean().item(), rel=1e-2)
+    assert distance.mean().item() != pytest.approx(distance[trusted].mean().item(), rel=1e-2)
+    with precision("float32"):
+        only = loss(suspect, HALF, temperature=temperature)
+        everything = loss(suspect, HALF, temperature=temperature, only_trusted=False)
+    assert only == pytest.approx(distance[trusted].mean().item(), rel=1e-4)
+    assert everything == pytest.approx(distance.mean().item(), rel=1e-4)
 
 
 def test_at_zero_they_are_labels_alone_and_a_temperature_undoes_as_much_confidence() -> None:

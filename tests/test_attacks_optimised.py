@@ -1,5 +1,7 @@
 """Attacks that optimise their trigger: against a surrogate (most), or together with the classifier (input-aware)."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import coded_set, noise, same_state, state_of, tiny_model
@@ -44,7 +46,7 @@ def surrogate():
 def dynamic():
     """A classifier and the input-aware attack that was trained with it, and the data."""
     data = stripes(480)
-    return *plant(data, InputAware(mask_steps=60), QUICK, seed=100), data
+    return *plant(data, InputAware(mask_steps=60), replace(QUICK, epochs=12), seed=100), data
 
 
 def like(delta, seed):
