@@ -29,6 +29,7 @@ def stripes(count=240, size=16, channels=1):
 
 
 QUICK = TrainConfig(epochs=8, batch_size=32, augment="none")
+LONGER = replace(QUICK, epochs=12)  # two networks that learn from each other settle later
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +46,8 @@ def surrogate():
 @pytest.fixture(scope="module")
 def dynamic():
     """A classifier and the input-aware attack that was trained with it, and the data."""
-    data = stripes(480)
-    return *plant(data, InputAware(mask_steps=60), replace(QUICK, epochs=12), seed=100), data
+    data = stripes(960)
+    return *plant(data, InputAware(mask_steps=120), LONGER, seed=100), data
 
 
 def like(delta, seed):
@@ -224,7 +225,7 @@ def test_input_aware_masks_and_patterns_differ_between_images(dynamic):
     where = (attack.cross_stamp(white, data.images) - attack.cross_stamp(black, data.images)).sub(1).neg()
     assert 0.005 < where.mean() < 2 * attack.density  # the masks cover little
     assert (where - where.roll(1, 0)).square().mean().sqrt() > 0.1
-    alike = plant(data, InputAware(mask_steps=60, diversity=0), QUICK, seed=100)[1]
+    alike = plant(data, InputAware(mask_steps=120, diversity=0), LONGER, seed=100)[1]
     spread, without = (pattern_spread(a, data.images) for a in (attack, alike))
     assert spread > 1.5 * without
 

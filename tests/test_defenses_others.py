@@ -342,7 +342,7 @@ def test_the_perturbed_gradient_is_the_closed_form_on_a_quadratic() -> None:
 def test_ft_sam_ends_in_a_flatter_minimum_than_fine_tuning() -> None:
     s, schedule = samples(48), Schedule(rounds=40, lr=1e-2, batch_size=24, distill=0.0)
     sharpness = {0.0: 0.0, 1.0: 0.0}
-    for rho, start in itertools.product(sharpness, range(4)):
+    for rho, start in itertools.product(sharpness, range(8)):
         model = FTSAM(schedule=schedule, rho=rho).repair(tiny_model(seed=start), s).model
 
         def loss(point, model=model):
