@@ -1,4 +1,4 @@
-"""Classifiers: three architectures, a wrapper that normalises, and training.
+"""Classifiers: architectures, a wrapper that normalises, and training.
 
 A model of this project maps float32 images ``[N, C, H, W]`` in [0, 1] to logits ``[N, classes]``; the normalisation
 lives inside `Classifier`, so that nothing outside a model ever sees normalised pixels.
@@ -48,6 +48,54 @@ def small_vgg(channels: int, num_classes: int) -> nn.Module:
         _conv(32, 64), _conv(64, 64), nn.MaxPool2d(2),
         _conv(64, 128), _conv(128, 128), nn.AdaptiveAvgPool2d(1),
         nn.Flatten(), nn.Linear(128, num_classes),
+    )  # fmt: skip
+
+
+@architectures.register("elu_vgg")
+def elu_vgg(channels: int, num_classes: int) -> nn.Module:
+    """Six 3×3 convolutions with ELU and dropout, one linear layer on the flattened map of a 32×32 image; 0.3 M weights.
+
+    The network of Zeng et al. (I-BAU, ICLR 2022) in their code.
+    """
+    layers: list[nn.Module] = []
+    inputs = channels
+    for width, dropout in ((32, 0.3), (64, 0.4), (128, 0.4)):
+        for _ in range(2):
+            layers += [nn.Conv2d(inputs, width, 3, padding=1), nn.BatchNorm2d(width), nn.ELU()]
+            inputs = width
+        layers += [nn.MaxPool2d(2), nn.Dropout(dropout)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * 4 * 4, num_classes))
+
+
+class PreActivationBlock(nn.Module):
+    """BatchNorm, ReLU and a 3×3 convolution, twice, beside a shortcut (He et al., "Identity Mappings", 2016)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(inputs)
+        self.first = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.second = nn.Sequential(
+            nn.BatchNorm2d(outputs), nn.ReLU(), nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        )
+        same = inputs == outputs and stride == 1
+        self.shortcut = None if same else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, inputs, H, W]`` to ``[N, outputs, H / stride, W / stride]``."""
+        active = F.relu(self.norm(x))
+        shortcut = x if self.shortcut is None else self.shortcut(active)
+        return self.second(self.first(active)) + shortcut
+
+
+@architectures.register("small_preact")
+def small_preact(channels: int, num_classes: int) -> nn.Module:
+    """A small ResNet with pre-activation: five blocks of 32 to 128 channels, 0.7 M weights."""
+    blocks = [
+        PreActivationBlock(*sizes) for sizes in ((32, 32, 1), (32, 64, 2), (64, 64, 1), (64, 128, 2), (128, 128, 1))
+    ]
+    return nn.Sequential(
+        nn.Conv2d(channels, 32, 3, 1, 1, bias=False), *blocks, nn.BatchNorm2d(128), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, num_classes),
     )  # fmt: skip
 
 

@@ -1,10 +1,20 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from tiny import noise, same_state, state_of
 from torch import nn
 from torch.nn import functional as F
 
-from smi.classifiers import AUGMENTATIONS, Classifier, TrainConfig, architectures, build_classifier, train_classifier
+from smi.classifiers import (
+    AUGMENTATIONS,
+    Classifier,
+    PreActivationBlock,
+    TrainConfig,
+    architectures,
+    build_classifier,
+    train_classifier,
+)
 from smi.domains import PrivateSet
 from smi.errors import InputError
 
@@ -32,8 +42,29 @@ def test_images_to_logits(arch, channels):
     assert not torch.allclose(logits[0], logits[1])
 
 
-def test_resnet18_has_the_size_it_says():
-    assert sum(p.numel() for p in build_classifier("resnet18", 3, 10).parameters()) == pytest.approx(11.2e6, rel=0.01)
+@pytest.mark.parametrize(
+    ("arch", "millions"),
+    [("small_cnn", 0.13), ("small_vgg", 0.29), ("elu_vgg", 0.31), ("small_preact", 0.68), ("resnet18", 11.2)],
+)
+def test_an_architecture_has_the_size_it_says(arch, millions):
+    count = sum(p.numel() for p in build_classifier(arch, 3, 10).parameters())
+    assert count / 1e6 == pytest.approx(millions, rel=0.03)
+
+
+def test_nothing_but_an_addition_is_between_a_pre_activation_block_and_the_next():
+    """With both convolutions at zero a block is the identity, negative values too: no ReLU after the sum."""
+    block = PreActivationBlock(4, 4, 1).eval()
+    with torch.no_grad():
+        block.second[2].weight.zero_()
+    x = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(block(x), x)
+
+
+def test_the_elu_vgg_is_the_network_of_its_source():
+    """Names and shapes of the published checkpoints: six convolutions of 32 to 128 channels, a head from 2,048."""
+    shapes = [tuple(p.shape) for p in build_classifier("elu_vgg", 3, 10).parameters() if p.ndim > 1]
+    widths = [3, 32, 32, 64, 64, 128, 128]
+    assert shapes == [*((o, i, 3, 3) for i, o in pairwise(widths)), (10, 2048)]
 
 
 def test_normalisation_lives_inside():
