@@ -101,18 +101,6 @@ def features(model: nn.Module, head: Head, images: Tensor, *, batch_size: int = 
         hook.remove()
 
 
-def shared_direction(shifts: Tensor) -> Tensor:
-    """The one direction ``[1, F]`` that found triggers of one class share, from their mean shifts ``[r, F]``.
-
-    It is the first right singular vector of the shifts at length 1, so that no family counts for more because its
-    triggers are stronger. Triggers of several families agree in the backdoor's direction and differ in what each draws
-    besides. Taken out as well, the rest is no help: along it the projection moves what it misses of the planted
-    trigger, and natural images with it.
-    """
-    unit = shifts.double() / shifts.double().norm(dim=1, keepdim=True)
-    return torch.linalg.svd(unit, full_matrices=False)[2][:1].to(shifts)
-
-
 @torch.no_grad()
 def erase(layer: nn.Linear | nn.Conv2d, natural: Tensor, directions: Tensor) -> None:
     """Take ``directions`` ``[r, F]`` out of a `Head`'s layer, in place.
