@@ -52,7 +52,7 @@ def test_an_architecture_has_the_size_it_says(arch, millions):
 
 
 def test_nothing_but_an_addition_is_between_a_pre_activation_block_and_the_next():
-    """With both convolutions at zero a block is the identity, negative values too: no ReLU after the sum."""
+    """With its last convolution at zero a block is the identity, negative values too: no ReLU after the sum."""
     block = PreActivationBlock(4, 4, 1).eval()
     with torch.no_grad():
         block.second[2].weight.zero_()
@@ -61,7 +61,7 @@ def test_nothing_but_an_addition_is_between_a_pre_activation_block_and_the_next(
 
 
 def test_the_elu_vgg_is_the_network_of_its_source():
-    """Names and shapes of the published checkpoints: six convolutions of 32 to 128 channels, a head from 2,048."""
+    """Shapes of the published checkpoints: six convolutions of 32 to 128 channels, a head from 2,048."""
     shapes = [tuple(p.shape) for p in build_classifier("elu_vgg", 3, 10).parameters() if p.ndim > 1]
     widths = [3, 32, 32, 64, 64, 128, 128]
     assert shapes == [*((o, i, 3, 3) for i, o in pairwise(widths)), (10, 2048)]
