@@ -9,27 +9,23 @@ trigger. Labels alone, because the suspect's small probabilities would (see `smi
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from smi.augment import vary
 from smi.checks import check_model, check_number, device_of
 from smi.compute import Runner, asked_precision, fast, fingerprint_of, frozen, predict
-from smi.defenses.base import ask, check_public
+from smi.defenses.base import check_public
 from smi.defenses.universal import data_scale, fooling_rate, universal
 from smi.domains.base import PublicImages
+from smi.erasure.student import Lessons, teach
 from smi.files import fingerprint
 from smi.priors import Prior, check_prior, sample_latents
-from smi.progress import track
-from smi.seeding import derive, stream
+from smi.seeding import stream
 from smi.unfinished import Tensors, Unfinished
 
 UNUSUAL = 0.4
@@ -155,7 +151,8 @@ def _found(
     suspect, device = frozen(model), device_of(model)
     pupil = cast(Prior, frozen(prior).to(device)) if isinstance(prior, nn.Module) else prior
     pictures = _Pictures(pupil, public, device, stream(seed, "student"))
-    student = _taught(suspect, pictures, config, seed)
+    lessons = Lessons(steps=config.lessons, batch_size=config.batch_size, lr=config.lr)
+    student = teach(suspect, pictures.draw, lessons, seed=seed)
     shown = pictures.draw(config.images)
     labels = predict(suspect, shown).argmax(1).to(device)
     count = predict(suspect, shown[:1]).shape[1]
@@ -208,53 +205,6 @@ class _Pictures:
             return self.generated(count)
         chosen = torch.randint(len(self._public), (count // 2,), generator=self._rng)
         return torch.cat([self.generated(count - count // 2), self._public.images[chosen].to(self._device)])
-
-
-def _taught(suspect: nn.Module, pictures: _Pictures, config: Detector, seed: int) -> nn.Module:
-    """The student. Only labels that the suspect gives to an image and to its variation alike are taught."""
-    with _seeded(seed, "fresh", device_of(suspect)):
-        student = _fresh(suspect)
-    rng = stream(seed, "lessons")
-    optimizer = torch.optim.AdamW(student.parameters(), config.lr)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.lessons)
-    student.train()
-    with fast(student) as run, _seeded(seed, "dropout", device_of(suspect)):
-        for _ in track(range(config.lessons), "teaching a student"):
-            plain = pictures.draw(config.batch_size)
-            varied = vary(plain, rng)
-            labels = ask(suspect, varied).argmax(1)
-            trusted = (ask(suspect, plain).argmax(1) == labels).float()
-            losses = F.cross_entropy(run(varied), labels, reduction="none")
-            optimizer.zero_grad()
-            ((losses * trusted).sum() / trusted.sum().clamp(min=1)).backward()
-            optimizer.step()
-            decay.step()
-    return student.eval().requires_grad_(False)
-
-
-@contextmanager
-def _seeded(seed: int, name: str, device: torch.device) -> Iterator[None]:
-    """Torch's own generators, which layers draw from, in a state that depends on the seed alone; put back after."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(derive(seed, name))
-        yield
-
-
-@torch.no_grad()
-def _fresh(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` with new weights, as its layers begin; normalisation of images and the like stays."""
-    fresh = copy.deepcopy(model).requires_grad_(True)
-    for module in fresh.modules():
-        own = dict(module.named_parameters(recurse=False))
-        before = {name: weight.clone() for name, weight in own.items()}
-        reset = getattr(module, "reset_parameters", None)
-        if callable(reset):
-            reset()
-        for name, weight in own.items():  # of a layer that does not say how it begins, or not of all its weights
-            spread = weight.std(correction=0)
-            if torch.equal(weight, before[name]) and spread > 0:
-                weight.copy_(torch.randn(weight.shape).to(weight) * spread + weight.mean())
-    return fresh
 
 
 def _examined(count: int, most: int, fooling: Sequence[float] | None, rng: torch.Generator) -> list[int]:

@@ -15,8 +15,9 @@ from smi.analysis.detected import DETECTION_COLUMNS
 from smi.classifiers import TrainConfig, train_classifier
 from smi.cli import cli
 from smi.compute import fast
-from smi.detection import STEP, UNUSUAL, Detection, Detector, _examined, _fresh, _seeded, class_radii, detect
+from smi.detection import STEP, UNUSUAL, Detection, Detector, _examined, class_radii, detect
 from smi.domains import PrivateSet, PublicImages
+from smi.erasure.student import _seeded, fresh
 from smi.errors import InputError
 from smi.report import detection_verdict, removal_page, removal_verdict
 
@@ -145,7 +146,7 @@ def test_the_student_has_nothing_of_the_suspect():
 
 def seeded(model):
     with _seeded(1, "fresh", torch.device("cpu")):
-        return _fresh(model)
+        return fresh(model)
 
 
 def test_a_layer_that_resets_only_some_of_its_weights_is_new_all_the_same():
