@@ -31,6 +31,10 @@ class Family(Protocol):
     def weight(self) -> float:
         """Of `size` in the search's objective."""
 
+    @property
+    def spread(self) -> float:
+        """Of log ease (see `smi.erasure.scan`) over natural classes, a standard deviation: at least that is usual."""
+
     def start(self, count: int, shape: torch.Size, rng: torch.Generator) -> Tensor:
         """``count`` random candidates ``[K, P]`` for images of shape ``(C, H, W)``."""
 
@@ -54,6 +58,7 @@ class Additive:
 
     rate: float = 0.05
     weight: float = 1.0
+    spread: float = 0.2
     begin: float = 1.0  # norm of the first δ: not 0, where units at a dark border are dead and no gradient points
 
     def start(self, count: int, shape: torch.Size, rng: torch.Generator) -> Tensor:
@@ -75,6 +80,7 @@ class Masked:
 
     rate: float = 0.2
     weight: float = 0.15
+    spread: float = 0.35
 
     def start(self, count: int, shape: torch.Size, rng: torch.Generator) -> Tensor:
         """Masks around 0.1, colours around grey."""
@@ -102,8 +108,9 @@ class Masked:
 class Smooth:
     """``x + δ`` with δ a coarse grid enlarged bicubically. Size: the root mean square of δ, in pixels of [0, 1]."""
 
-    rate: float = 0.02
+    rate: float = 0.06
     weight: float = 4.0
+    spread: float = 0.25
     grid: int = 6
     begin: float = 0.02
 
@@ -130,8 +137,9 @@ class Warped:
     """The image sampled elsewhere: displacements on a coarse grid, enlarged bicubically. Size: their root mean square,
     in pixels."""
 
-    rate: float = 0.1
+    rate: float = 0.3
     weight: float = 0.5
+    spread: float = 0.2
     grid: int = 5
     begin: float = 0.2
 

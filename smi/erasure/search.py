@@ -19,7 +19,10 @@ from smi.compute import Runner
 from smi.erasure.families import families
 from smi.memory import Chunk, halving
 
-CERTAIN = 0.7  # nats: about half of the images are in the class
+ANYWHERE = -1  # as a target: any class but the image's own
+CERTAIN = 0.2  # nats: nine of ten images are in the class
+REACHED = 0.3  # share of the images that a trigger must send away, or it says nothing of a backdoor
+PROBED = 32  # images on which restarts are compared
 HELD = 0.3  # of the images, on which triggers are tried and not searched
 
 
@@ -31,20 +34,22 @@ class Search:
         families: Names in `families`.
         steps: Of Adam.
         images: Shown to each candidate in a step.
-        restarts: Candidates a class and family.
+        restarts: Candidates a class and family at first.
+        probe: Steps after which the best of them goes on alone.
         most: Candidates that are searched in one batch.
     """
 
     families: tuple[str, ...] = ("additive", "masked", "smooth", "warped")
-    steps: int = 50
+    steps: int = 60
     images: int = 16
-    restarts: int = 2
+    restarts: int = 3
+    probe: int = 15
     most: int = 40
 
     def __post_init__(self) -> None:
         for name in self.families:
             families[name]  # raises where there is none
-        for whole in ("steps", "images", "restarts", "most"):
+        for whole in ("steps", "images", "restarts", "probe", "most"):
             check_number(whole, getattr(self, whole), low=1, integer=True)
 
 
@@ -95,63 +100,95 @@ def search(
         rng: Draws starts and batches.
 
     Returns:
-        One `Found` a family, with ``restarts`` triggers for each target, in the order of ``targets``.
+        One `Found` a family, with a trigger for each target, in the order of ``targets``.
     """
     held = max(1, round(HELD * len(images))) if len(images) > 1 else 0
     order = torch.randperm(len(images), generator=rng)
-    wanted = torch.tensor(list(targets)).repeat_interleave(config.restarts)
-    found = []
+    shown, tried = (images[order[held:]], labels[order[held:]]), (images[order[:held]], labels[order[:held]])
+    wanted, found = torch.tensor(list(targets)), []
     for name in config.families:
-        numbers = families[name].start(len(wanted), images.shape[1:], rng)
-        parts = [
-            _descend(run, images[order[held:]], labels[order[held:]], name, some, start, config, rng)
-            for some, start in zip(wanted.split(config.most), numbers.split(config.most), strict=True)
-        ]
-        final = torch.cat(parts)
-        size = families[name].size(final, images.shape[1:])
-        one = Found(name, wanted, final, size, torch.zeros(len(wanted)))
-        found.append(_tried(run, images[order[:held]], labels[order[:held]], one) if held else one)
+        task = _Task(run, *shown, name, config, rng)
+        many = wanted.repeat_interleave(config.restarts)
+        numbers = families[name].start(len(many), images.shape[1:], rng)
+        if config.restarts > 1:
+            numbers = task.descend(many, numbers, range(config.probe))
+            rows = task.objective(many, numbers).view(len(wanted), config.restarts).argmin(1)
+            numbers = numbers.view(len(wanted), config.restarts, -1)[torch.arange(len(wanted)), rows]
+            numbers = task.descend(wanted, numbers, range(config.probe, config.steps))
+        else:
+            numbers = task.descend(wanted, numbers, range(config.steps))
+        one = Found(name, wanted, numbers, families[name].size(numbers, images.shape[1:]), torch.zeros(len(wanted)))
+        found.append(_tried(run, *tried, one) if held else one)
     return found
 
 
-def _descend(
-    run: Runner,
-    images: Tensor,
-    labels: Tensor,
-    name: str,
-    targets: Tensor,
-    start: Tensor,
-    config: Search,
-    rng: torch.Generator,
-) -> Tensor:
-    """The numbers ``[K, P]`` of triggers after all steps, on the CPU."""
-    family, device, shape = families[name], images.device, images.shape[1:]
-    numbers, targets = start.clone().to(device).requires_grad_(), targets.to(device)
-    optimizer = torch.optim.Adam([numbers], family.rate, betas=(0.5, 0.9))
-    chunk = Chunk(len(targets))
-    for step in range(config.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = family.rate * (1.0 if 2 * step < config.steps else 0.3)  # the last steps settle
-        batch = torch.randint(len(images), (config.images,), generator=rng)
-        shown, called = images[batch], labels[batch].to(device)
-        optimizer.zero_grad()
-        total = torch.zeros_like(numbers)
+@dataclass(eq=False)
+class _Task:
+    """What a search in one family needs all along."""
 
-        def gradient(some: Tensor, shown: Tensor = shown, called: Tensor = called) -> Tensor:
-            own = numbers[some]
-            stamped = family.stamp(own, shown)
-            wanted = targets[some, None].expand(-1, len(shown))
-            losses = F.cross_entropy(run(stamped.flatten(0, 1)), wanted.flatten(), reduction="none").view(len(some), -1)
-            others = (called != targets[some, None]).float()
-            loss = (losses * others).sum(1) / others.sum(1).clamp(min=1)
-            kept = (loss.detach() < CERTAIN).float()
-            return torch.autograd.grad((loss + family.weight * kept * family.size(own, shape)).sum(), numbers)[0]
+    run: Runner
+    images: Tensor
+    labels: Tensor
+    name: str
+    config: Search
+    rng: torch.Generator
 
-        for part in halving(gradient, torch.arange(len(targets), device=device), chunk):
-            total += part
-        numbers.grad = total
-        optimizer.step()
-    return numbers.detach().cpu()
+    def descend(self, targets: Tensor, numbers: Tensor, steps: range) -> Tensor:
+        """Numbers ``[K, P]`` after these steps, on the CPU."""
+        parts = zip(targets.split(self.config.most), numbers.split(self.config.most), strict=True)
+        return torch.cat([self._some(*part, steps) for part in parts])
+
+    def _some(self, targets: Tensor, start: Tensor, steps: range) -> Tensor:
+        family, device = families[self.name], self.images.device
+        numbers, targets = start.clone().to(device).requires_grad_(), targets.to(device)
+        optimizer = torch.optim.Adam([numbers], family.rate, betas=(0.5, 0.9))
+        chunk = Chunk(len(targets))
+        for step in steps:
+            for group in optimizer.param_groups:
+                group["lr"] = family.rate * (1.0 if 2 * step < self.config.steps else 0.3)  # the last steps settle
+            batch = torch.randint(len(self.images), (self.config.images,), generator=self.rng)
+            total = torch.zeros_like(numbers)
+
+            def gradient(some: Tensor, batch: Tensor = batch) -> Tensor:
+                own = numbers[some]
+                loss, size = self._terms(targets[some], own, batch)
+                kept = (loss.detach() < CERTAIN).float()
+                return torch.autograd.grad((loss + family.weight * kept * size).sum(), numbers)[0]
+
+            for part in halving(gradient, torch.arange(len(targets), device=device), chunk):
+                total += part
+            numbers.grad = total
+            optimizer.step()
+        return numbers.detach().cpu()
+
+    @torch.no_grad()
+    def objective(self, targets: Tensor, numbers: Tensor) -> Tensor:
+        """Cross-entropy and weighted size of each candidate ``[K]``, on the same images."""
+        batch = torch.randint(len(self.images), (PROBED,), generator=self.rng)
+        device, values = self.images.device, []
+        for some, own in zip(targets.split(16), numbers.split(16), strict=True):
+            loss, size = self._terms(some.to(device), own.to(device), batch)
+            values.append((loss + families[self.name].weight * size).cpu())
+        return torch.cat(values)
+
+    def _terms(self, targets: Tensor, numbers: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean cross-entropy to each target, and size ``[K]``."""
+        family, shown, called = families[self.name], self.images[batch], self.labels[batch].to(self.images.device)
+        logits = self.run(family.stamp(numbers, shown).flatten(0, 1)).view(len(targets), len(batch), -1)
+        losses, others = _losses(logits, called, targets)
+        loss = (losses * others).sum(1) / others.sum(1).clamp(min=1)
+        return loss, family.size(numbers, self.images.shape[1:])
+
+
+def _losses(logits: Tensor, labels: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy ``[K, N]`` of logits ``[K, N, classes]`` to each candidate's target, or to "not the label" for
+    `ANYWHERE`, and which of the images count, those that are not of that class already."""
+    said = logits.log_softmax(2)
+    own = F.one_hot(labels, logits.shape[2]).bool()
+    away = -said.masked_fill(own, -torch.inf).logsumexp(2)
+    to = -said.gather(2, targets.clamp(min=0)[:, None, None].expand(-1, len(labels), 1))[..., 0]
+    anywhere = (targets == ANYWHERE)[:, None]
+    return torch.where(anywhere, away, to), (anywhere | (labels != targets[:, None])).float()
 
 
 @torch.no_grad()
@@ -159,8 +196,9 @@ def _tried(run: Runner, images: Tensor, labels: Tensor, found: Found) -> Found:
     """``found`` with the reach on these images."""
     rates = []
     for index, target in enumerate(found.targets.tolist()):
-        others = images[labels != target]
-        shown = found.select(torch.tensor([index])).stamp(others)[0]
-        hits = [run(part).argmax(1) == target for part in shown.split(256)]
-        rates.append(torch.cat(hits).float().mean().cpu() if len(others) else torch.tensor(0.0))
+        others = labels != target
+        shown, own = found.select(torch.tensor([index])).stamp(images[others])[0], labels[others]
+        said = torch.cat([run(part).argmax(1) for part in shown.split(256)]) if len(shown) else own
+        hits = said != own if target == ANYWHERE else said == target
+        rates.append(hits.float().mean().cpu() if len(shown) else torch.tensor(0.0))
     return Found(found.family, found.targets, found.numbers, found.size, torch.stack(rates))
