@@ -3,6 +3,7 @@
 from smi.defenses.anp import ANP
 from smi.defenses.base import Defense, Repair, Schedule, defenses
 from smi.defenses.clp import CLP
+from smi.defenses.erasure import Erasure
 from smi.defenses.fine_pruning import FinePrune
 from smi.defenses.finetune import FineTune
 from smi.defenses.ftsam import FTSAM
@@ -19,6 +20,7 @@ __all__ = [
     "IBAU",
     "NAD",
     "Defense",
+    "Erasure",
     "FinePrune",
     "FineTune",
     "Published",

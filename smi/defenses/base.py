@@ -19,6 +19,7 @@ from smi.augment import vary
 from smi.checks import check_model, check_number, device_of
 from smi.compute import Runner, asked_precision, fast, fingerprint_of, frozen, predict
 from smi.domains.base import PublicImages, Samples
+from smi.erasure.scan import Evidence
 from smi.errors import InputError
 from smi.files import fingerprint
 from smi.memory import Chunk, halved, halving
@@ -47,7 +48,7 @@ class Repair:
 
     model: the repaired model, in eval mode. defense, source: names for tables. settings: what the defense ran with,
     what it chose itself included. log: curves and findings by name. delta: universal δ per target found on the suspect
-    model ``[T, C, H, W]``, where the defense looks for them.
+    model ``[T, C, H, W]``, where the defense looks for them. evidence: of an `Erasure`, what it saw.
     """
 
     model: nn.Module
@@ -56,6 +57,7 @@ class Repair:
     settings: dict[str, Any]
     log: dict[str, Any] = field(default_factory=dict)
     delta: Tensor | None = None
+    evidence: Evidence | None = None
 
     def __repr__(self) -> str:
         return f"Repair(by {self.defense} on {self.source} samples)"

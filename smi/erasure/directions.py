@@ -1,0 +1,55 @@
+"""Where found triggers move the features: the directions that are erased."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from smi.checks import device_of
+from smi.compute import predict
+from smi.domains.base import Samples
+from smi.erasure.head import Head, features
+from smi.erasure.search import ANYWHERE, REACHED, Found
+
+
+def directions(model: nn.Module, head: Head, samples: Samples, found: Sequence[Found]) -> Tensor:
+    """The mean shift of the head's input under each trigger, ``[r, F]``; r may be 0.
+
+    Triggers that reach less than `REACHED` are left out. One that sends images `ANYWHERE` sends every class elsewhere,
+    so it has a shift for each class of which it moves that many.
+
+    Args:
+        model: The model, whose features they are.
+        head: Its head.
+        samples: Labelled images.
+        found: Triggers.
+    """
+    natural = features(model, head, samples.images)
+    rows = [natural[:0]]
+    for one in found:
+        for index in (one.reach > REACHED).nonzero()[:, 0].tolist():
+            target = int(one.targets[index])
+            chosen = samples.labels != target
+            single = one.select(torch.tensor([index]))
+            stamped = _stamped(single, samples.images[chosen], device_of(model))
+            shift = features(model, head, stamped) - natural[chosen]
+            rows.append(_by_class(model, stamped, shift, samples.labels) if target == ANYWHERE else shift.mean(0)[None])
+    return torch.cat(rows)
+
+
+@torch.no_grad()
+def _stamped(one: Found, images: Tensor, device: torch.device) -> Tensor:
+    return torch.cat([one.stamp(part.to(device))[0].cpu() for part in images.split(256)])
+
+
+def _by_class(model: nn.Module, stamped: Tensor, shift: Tensor, labels: Tensor) -> Tensor:
+
+    moved = predict(model, stamped).argmax(1) != labels
+    rows = [shift[:0]]
+    for label in labels.unique():
+        mine = labels == label
+        if moved[mine].float().mean() > REACHED:
+            rows.append(shift[mine & moved].mean(0)[None])
+    return torch.cat(rows)
