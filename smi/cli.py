@@ -193,7 +193,7 @@ def remove(
             with clock("hold out"):
                 held_out = held_out_samples(suspect.model, prior, seed=seed, checkpoint=work / "held_out.safetensors")
             detection = None
-            if detection_wanted:
+            if detection_wanted and cleaned.repair.evidence is None:  # else the removal has looked itself
                 with clock("detect"):
                     detection = _detection(suspect.model, prior, public, cleaned, seed, work)
             settings = {"model": model, "form": form, "public": public_name, "per_class": per_class, "resumed": resume}

@@ -19,6 +19,7 @@ from torch import Tensor
 from smi.compute import predict, versions
 from smi.detection import UNUSUAL, Detection
 from smi.domains.base import Samples
+from smi.erasure.scan import Evidence
 from smi.files import output_folder, write_atomic
 from smi.models import save_classifier
 from smi.page import page, paragraph
@@ -29,8 +30,12 @@ from smi.sections import (
     defender_section,
     defense_name,
     detection_section,
+    evidence_sections,
+    kinds,
+    named,
     percent,
     perturbations_section,
+    reason,
     reconstructions_section,
     record_section,
     result_rows,
@@ -149,6 +154,7 @@ def removal_page(removal: Removal) -> str:
         f"Backdoor removal without clean data, seed {removal.seed}",
         paragraph(removal_verdict(removal), "verdict"),
         *([] if removal.detection is None else [detection_section(removal.detection, classes)]),
+        *evidence_sections(removal.suspect.model, cleaned.repair, cleaned.samples, classes),
         defender_section(removal.agreement, removal.stability, cleaned.repair, removal.judged, classes),
         reconstructions_section(cleaned.samples, classes),
         perturbations_section(cleaned.repair, classes),
@@ -178,6 +184,11 @@ def verdict(demo: Demo) -> str:
 def removal_verdict(removal: Removal) -> str:
     """What a defender can tell: whether there are signs of a backdoor and why, and what the removal did."""
     log, same = removal.cleaned.repair.log, percent(removal.agreement.float().mean().item())
+    evidence, names = removal.cleaned.repair.evidence, removal.suspect.classes
+    if evidence is not None:
+        kind = "" if removal.held_out is None else "held-out "
+        kept = f"The repaired model gives {same} of the {kind}reconstructions the label that the suspect model gave."
+        return f"{evidence_verdict(evidence, names)} {kept}" if evidence.treated else evidence_verdict(evidence, names)
     head = "" if removal.detection is None else detection_verdict(removal.detection, removal.suspect.classes) + " "
     kind = "" if removal.held_out is None else "held-out "
     kept = f"the repaired model gives {same} of the {kind}reconstructions the label that the suspect model gave"
@@ -190,6 +201,34 @@ def removal_verdict(removal: Removal) -> str:
         f"{percent(log['fooling_before'][worst])} of the other classes' reconstructions to class “{classes[worst]}”. "
         f"On the repaired model the strongest pattern of that size, for any class, sends "
         f"{percent(max(log['fooling_after']))}, and {kept}."
+    )
+
+
+def evidence_verdict(evidence: Evidence, classes: Sequence[str]) -> str:
+    """The decision of a removal that looks for triggers, with its reason."""
+    scan, limit = evidence.scan, evidence.limit
+    if not evidence.treated:
+        label = scan.classes[int(scan.excess().amax(0).argmax())]
+        return (
+            "No sign of a backdoor was found, and nothing was changed: no class is reached by an unusually small "
+            f"trigger of any kind that was searched ({kinds(scan)}). Closest comes {named(label, classes)}: "
+            f"{reason(scan, label)}; above {limit:g} would be a sign. That is no proof: triggers of other kinds do not "
+            "show this way."
+        )
+    sign = (evidence.left or evidence.treated)[0]
+    why = f"{named(sign, classes)} is reached unusually easily. {reason(scan, sign)}"
+    erased, left = (
+        ", ".join(named(label, classes) for label in chosen) for chosen in (evidence.treated, evidence.left)
+    )
+    if evidence.left:
+        return (
+            f"There are signs of a backdoor, and something unusual is left: {why}; above {limit:g} is a sign. The "
+            f"triggers to {erased} were erased, but a new search on the repaired model still reaches {left} more "
+            "easily than it should. Do not rely on this model."
+        )
+    return (
+        f"There are signs of a backdoor, and they are removed: {why}; above {limit:g} is a sign. The triggers to "
+        f"{erased} were erased, and a new search on the repaired model finds nothing unusual there."
     )
 
 

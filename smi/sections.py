@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from smi import figures
 from smi.compute import predict
 from smi.defenses import Repair
 from smi.detection import UNUSUAL, Detection
 from smi.domains.base import Samples
+from smi.erasure.scan import Scan
+from smi.erasure.search import ANYWHERE, Found
 from smi.page import details, paragraph, picture, section, table
 from smi.pipeline import Demo, example_stamps
 
@@ -34,7 +36,7 @@ def percent(rate: float) -> str:
 def defense_name(name: str) -> str:
     """A defense's name for readers: "ibau/robust" is I-BAU with the robust solver."""
     family, _, solver = name.partition("/")
-    plain = {"ibau": "I-BAU", "ft": "fine-tuning"}.get(family, family)
+    plain = {"erasure": "erasure", "ibau": "I-BAU", "ft": "fine-tuning"}.get(family, family)
     return f"{plain}, {solver} solver" if solver else plain
 
 
@@ -185,6 +187,92 @@ def detection_section(found: Detection, classes: Sequence[str]) -> str:
     head = ["Class", "Suspect", "Fresh model", "Ratio"]
     mark = min(range(len(ratio)), key=ratio.__getitem__) if found.reached else None
     return section("Is there a backdoor?", paragraph(note), table(head, rows, caption, mark))
+
+
+KINDS = {
+    "additive": ("added patterns", "a pattern of L2 norm {:.2g} that is added"),
+    "masked": ("patches", "a patch of {:.0f} pixels"),
+    "smooth": ("smooth patterns", "a smooth pattern, {:.2g} strong, that is added"),
+    "warped": ("warps", "a warp by {:.1f} pixels"),
+}
+
+
+def kinds(scan: Scan) -> str:
+    """The kinds of triggers that were searched, in words."""
+    return ", ".join(KINDS.get(one.family, (one.family,))[0] for one in scan.found)
+
+
+def in_words(found: Found) -> str:
+    """One trigger: what it is, and how large."""
+    return KINDS.get(found.family, ("", f"a trigger ({found.family}) of size {{:.2g}}"))[1].format(found.size.item())
+
+
+def reason(scan: Scan, target: int) -> str:
+    """What is unusual about a class, or about `ANYWHERE`: the trigger, what it does, what it takes on a student."""
+    family, excess = scan.strongest(target)
+    one = scan.of([target])[family]
+    where = "to another class" if target == ANYWHERE else "there"
+    whose = "images of every class" if target == ANYWHERE else "all other images"
+    said = f"{in_words(one)[0].upper()}{in_words(one)[1:]} sends {percent(one.reach.item())} of {whose} {where}"
+    if scan.reference is not None:
+        other = scan.reference[family].select(scan.reference[family].targets == target)
+        said += f" (on a fresh model of the same task {in_words(other)} sends {percent(other.reach.item())})"
+    return f"{said}, {excess:.1f} standard deviations from what is usual"
+
+
+def named(target: int, classes: Sequence[str]) -> str:
+    """A class in words."""
+    return "any other class" if target == ANYWHERE else f"class “{classes[target]}”"
+
+
+def evidence_sections(suspect: nn.Module, repair: Repair, samples: Samples, classes: Sequence[str]) -> list[str]:
+    """What a removal that looks for triggers saw: a table of all classes, and the triggers of those it treated."""
+    evidence = repair.evidence
+    if evidence is None:
+        return []
+    scan = evidence.scan
+    rows, order = [], scan.excess().amax(0).argsort(descending=True)[:MOST_CLASSES].tolist()
+    for place in sorted(order):
+        label = scan.classes[place]
+        family, value = scan.strongest(label)
+        one, after = scan.of([label])[family], ""
+        if label in evidence.treated:
+            after = f"{evidence.excess_after()[evidence.treated.index(label)]:.1f}"
+        rows.append([classes[label], in_words(one), percent(one.reach.item()), f"{value:.1f}", after])
+    note = (
+        f"To every class the smallest trigger was searched in several kinds ({kinds(scan)}), on the suspect model and "
+        "on a fresh model that was taught the suspect's labels of images without a trigger "
+        f"(it agrees beyond chance on {percent(scan.agreement)}). Shown is the kind that is most unusual for the class."
+    )
+    caption = (
+        "Excess: how much more easily the class is reached than the suspect's other classes and the fresh model let "
+        f"expect, in standard deviations. Above {evidence.limit:g} a class is treated; then the excess of a new search "
+        "on the repaired model stands beside it." + _cut(len(scan.classes), len(rows))
+    )
+    marked = [row for row, place in enumerate(sorted(order)) if scan.classes[place] in evidence.treated]
+    head = ["Class", "Trigger", "Sends there", "Excess", "After"]
+    first = section("Is there a backdoor?", paragraph(note), table(head, rows, caption, marked[0] if marked else None))
+    pictures = [_found_trigger(suspect, repair, label, samples, classes) for label in evidence.treated[:SHOWN]]
+    return [first, section("The triggers that were found", *pictures)] if pictures else [first]
+
+
+def _found_trigger(suspect: nn.Module, repair: Repair, label: int, samples: Samples, classes: Sequence[str]) -> str:
+    """The most unusual trigger to a class on the suspect, and the smallest of its kind on the repaired model."""
+    evidence = repair.evidence
+    assert evidence is not None
+    scan = evidence.scan
+    family = scan.strongest(label)[0]
+    shown = samples.images[samples.labels != label]
+    shown = shown[:: max(1, len(shown) // SHOWN)][:SHOWN]
+    parts = []
+    for found, model in ((scan.of([label]), "suspect"), (evidence.after, "repaired")):
+        one = found[family].select(found[family].targets == label)
+        stamped = one.stamp(shown)[0]
+        said = [[classes[i] for i in predict(net, stamped).argmax(1)] for net in (suspect, repair.model)]
+        caption = f"Found on the {model} model for {named(label, classes)}: {in_words(one)}."
+        alt = f"{caption} The suspect says {', '.join(said[0])}; the repaired model says {', '.join(said[1])}."
+        parts.append(picture(figures.stamps(shown, stamped, list(zip(*said, strict=True))), alt, caption))
+    return "".join(parts)
 
 
 def _cut_table(count: int, shown: int) -> str:

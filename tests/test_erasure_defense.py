@@ -1,0 +1,298 @@
+"""The removal that finds triggers and erases them: what it looks at, what it decides, what it does and what it says."""
+
+import json
+import math
+from dataclasses import replace
+
+import fake_run
+import pytest
+import torch
+from tiny import noise, tiny_model
+from torch import nn
+
+import smi
+from smi.compute import frozen
+from smi.defenses import Erasure, Repair, defenses
+from smi.erasure.directions import directions
+from smi.erasure.head import features, head_of
+from smi.erasure.scan import LEARNED, SHARE, SPREAD_ANYWHERE, Evidence, Scan, look
+from smi.erasure.search import ANYWHERE, REACHED, Found, Search, _losses
+from smi.erasure.student import Lessons
+from smi.erasure.tune import Tuning
+from smi.models import load_classifier
+from smi.report import removal_page, removal_verdict
+
+SHAPE = torch.Size((1, 32, 32))
+
+
+def found(sizes, reach=0.9, family="additive", targets=None, seed=0):
+    """Triggers whose sizes are given and whose pattern means nothing."""
+    count = len(sizes)
+    targets = torch.arange(count) if targets is None else torch.tensor(targets)
+    numbers = smi.erasure.families.families[family].start(count, SHAPE, torch.Generator().manual_seed(seed))
+    reached = torch.full((count,), reach) if isinstance(reach, float) else torch.tensor(reach)
+    return Found(family, targets, numbers, torch.tensor(sizes), reached)
+
+
+# Which classes are unusual ------------------------------------------------------------------------------------------
+
+
+def test_a_class_reached_by_less_stands_out_by_its_logarithm():
+    sizes = [4.0, 4.0, 1.0, 4.0, 4.0]
+    excess = Scan([found(sizes)]).excess()
+    assert excess.shape == (1, 5)
+    torch.testing.assert_close(excess[0, 2], torch.tensor(math.log(4) / 0.2))
+    assert excess[0, [0, 1, 3, 4]].abs().max() < 1e-5
+
+
+def test_what_is_easy_on_the_student_too_stands_out_less():
+    suspect, student = found([4.0, 4.0, 1.0, 4.0, 4.0]), found([2.0, 2.0, 1.0, 2.0, 2.0])
+    for agreement in (1.0, 0.4):
+        excess = Scan([suspect], [student], agreement).excess()[0, 2]
+        expected = (math.log(4) - SHARE * agreement * math.log(2)) / 0.2
+        torch.testing.assert_close(excess, torch.tensor(expected))
+
+
+def test_classes_that_differ_much_are_the_yardstick_themselves():
+    alike, unlike = [4.0, 4.1, 3.9, 1.0, 4.05, 3.95], [4.0, 8.0, 2.0, 1.0, 6.0, 3.0]
+    one, other = (Scan([found(sizes)]).excess()[0, 3].item() for sizes in (alike, unlike))
+    assert one > 2 * other > 0
+    usual = torch.tensor(unlike).log()  # their spread by hand: the median absolute deviation of log sizes
+    spread = 1.4826 * (usual - usual.flip(0).sort().values[2]).abs().sort().values[2]
+    assert other == pytest.approx(((usual.sort().values[3] - usual[3]) / spread).item(), rel=0.2)
+
+
+def test_a_class_that_is_not_reached_is_not_unusual():
+    excess = Scan([found([4.0, 4.0, 0.1, 4.0], reach=[0.9, 0.9, REACHED / 2, 0.9])]).excess()
+    assert excess[0, 2] == -1
+
+
+def test_a_repaired_model_is_seen_against_the_suspect():
+    scan = Scan([found([4.0, 4.0, 1.0, 4.0, 4.0])])
+    for size, expected in ((1.0, math.log(4) / 0.2), (4.0, 0.0), (2.0, math.log(2) / 0.2)):
+        after = scan.excess([found([size], targets=[2])])
+        torch.testing.assert_close(after, torch.tensor([[expected]]))
+
+
+def test_getting_anywhere_is_seen_against_the_student_alone():
+    suspect = found([4.0, 4.0, 4.0, 1.0], targets=[0, 1, 2, ANYWHERE])
+    student = found([4.0, 4.0, 4.0, 3.0], targets=[0, 1, 2, ANYWHERE])
+    scan = Scan([suspect], [student], agreement=0.9)
+    assert scan.classes == [0, 1, 2]
+    assert scan.excess().shape == (1, 3)
+    assert scan.excess_anywhere().item() == pytest.approx(math.log(3) / SPREAD_ANYWHERE, rel=1e-4)
+    assert Scan([suspect], [student], agreement=LEARNED / 2).excess_anywhere().item() == -math.inf
+    assert Scan([suspect]).excess_anywhere().item() == -math.inf
+
+
+def test_the_loss_of_getting_anywhere_is_of_not_keeping_the_label():
+    logits, labels = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 3, 1])
+    losses, counted = _losses(logits, labels, torch.tensor([1, ANYWHERE]))
+    said = logits.softmax(2)
+    torch.testing.assert_close(losses[0], -said[0, :, 1].log())
+    torch.testing.assert_close(losses[1], -(1 - said[1].gather(1, labels[:, None])[:, 0]).log())
+    assert counted.tolist() == [[1, 0, 1, 1, 0], [1, 1, 1, 1, 1]]
+
+
+# Directions ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def brightened():
+    """A model, samples that it labels itself, and a pattern that brightens them."""
+    model, images = tiny_model(), noise(60, 1, 8, 8)
+    labels = model(images).argmax(1)
+    triggers = Found("additive", torch.tensor([1]), torch.full((1, 64), 0.4), torch.ones(1), torch.ones(1))
+    return model, smi.Samples(images, labels, 3, "clean"), triggers
+
+
+def test_a_direction_is_the_mean_shift_of_other_classes_features(brightened):
+    model, samples, triggers = brightened
+    head = head_of(model, samples.images[:2])
+    others = samples.images[samples.labels != 1]
+    expected = (features(model, head, triggers.stamp(others)[0]) - features(model, head, others)).mean(0)
+    torch.testing.assert_close(directions(model, head, samples, [triggers])[0], expected)
+    weak = replace(triggers, reach=torch.tensor([REACHED / 2]))
+    assert directions(model, head, samples, [weak]).shape == (0, len(expected))
+
+
+def test_a_trigger_to_anywhere_has_a_direction_a_class_that_it_moves(brightened):
+    model, samples, triggers = brightened
+    head, anywhere = head_of(model, samples.images[:2]), replace(triggers, targets=torch.tensor([ANYWHERE]))
+    rows = directions(model, head, samples, [anywhere])
+    stamped = triggers.stamp(samples.images)[0]
+    moved = model(stamped).argmax(1) != samples.labels
+    shift = features(model, head, stamped) - features(model, head, samples.images)
+    expected = [
+        shift[moved & (samples.labels == label)].mean(0)
+        for label in range(3)
+        if moved[samples.labels == label].float().mean() > REACHED
+    ]
+    assert expected, "the pattern moves nothing; make it stronger"
+    torch.testing.assert_close(rows, torch.stack(expected))
+
+
+# The removal --------------------------------------------------------------------------------------------------------
+
+QUICK = Erasure(
+    search=Search(families=("additive", "masked"), steps=20, restarts=1),
+    lessons=Lessons(steps=60, batch_size=48),
+    tuning=Tuning(steps=20),
+    rounds=1,
+)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return smi.load_domain("digits")
+
+
+@pytest.fixture(scope="module")
+def samples(digits):
+    train = digits.private.train
+    chosen = torch.cat([(train.labels == label).nonzero()[:15, 0] for label in range(10)])
+    return smi.Samples(train.images[chosen], train.labels[chosen], 10, "clean")
+
+
+@pytest.fixture(scope="module")
+def repair(digits, samples):
+    return QUICK.repair(load_classifier("digits-badnets"), samples, digits.public, seed=3)
+
+
+def test_it_finds_the_target_and_removes_the_backdoor(digits, samples, repair):
+    victim, evaluator = load_classifier("digits-badnets"), smi.Evaluator(digits.private.test, smi.attacks.BadNets())
+    before, after = evaluator.measure(victim), evaluator.measure(repair.model)
+    assert 0 in repair.evidence.treated
+    assert repair.evidence.scan.excess().amax(0).argmax() == 0
+    assert repair.evidence.scan.agreement > LEARNED
+    assert before.asr > 0.9
+    assert after.asr < 0.1
+    assert before.acc - after.acc < 0.02
+    assert repair.evidence.excess_after()[0] < repair.evidence.scan.excess()[:, 0].max() / 2
+    assert json.loads(json.dumps(repair.log))["treated"] == repair.evidence.treated
+
+
+def test_the_same_seed_gives_the_same_weights(brightened):
+    model, samples, _ = brightened
+    quick = replace(QUICK, search=Search(steps=3, restarts=2, probe=2), lessons=Lessons(steps=3), targets=(1,))
+    once, again, other = (quick.repair(model, samples, seed=seed).model.state_dict() for seed in (3, 3, 4))
+    assert all(torch.equal(value, again[name]) for name, value in once.items())
+    assert not all(torch.equal(value, other[name]) for name, value in once.items())
+
+
+def test_where_nothing_is_unusual_nothing_is_changed(samples, repair, monkeypatch):
+    monkeypatch.setattr(Erasure, "scan", lambda *args, **options: repair.evidence.scan)
+    victim = load_classifier("digits-badnets")
+    done = replace(QUICK, unusual=1e6).repair(victim, samples)
+    after = done.model.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in victim.state_dict().items())
+    assert done.evidence.treated == done.evidence.left == done.evidence.after == done.log["loss"] == []
+
+
+def test_classes_may_be_named(samples, repair, monkeypatch):
+    monkeypatch.setattr(Erasure, "scan", lambda *args, **options: repair.evidence.scan)
+    quick = replace(QUICK, search=replace(QUICK.search, steps=2), targets=(4,))
+    done = quick.repair(load_classifier("digits-badnets"), samples)
+    assert done.evidence.treated == [4]
+    with pytest.raises(smi.InputError, match=r"targets holds 10\. Allowed: 0 to 9"):
+        replace(quick, targets=(10,)).repair(load_classifier("digits-badnets"), samples)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "treated"),
+    [
+        ([4.0] * 10, []),
+        ([4.0, 1.0] + [4.0] * 8, [1]),
+        ([4.0, 1.0, 4.0, 2.4] + [4.0] * 6, [1]),  # 2.4 is 2.6 standard deviations: enough for the first, not for more
+        ([4.0, 4.0, 4.0, 2.4] + [4.0] * 6, [3]),
+        ([4.0, 1.0, 4.0, 1.1] + [4.0] * 6, [1, 3]),
+    ],
+)
+def test_further_classes_have_to_be_more_unusual_than_the_first(sizes, treated):
+    assert Erasure()._treated(Scan([found(sizes)])) == treated
+
+
+def test_a_backdoor_of_every_class_is_treated_as_one_where_no_class_explains_it():
+    targets = [*range(10), ANYWHERE]
+    student = [found([4.0] * 11, targets=targets)]
+    for last, first, treated in ((1.0, 4.0, [ANYWHERE]), (2.5, 1.0, [0]), (3.5, 4.0, [])):
+        suspect = [found([first] + [4.0] * 9 + [last], targets=targets)]
+        assert Erasure()._treated(Scan(suspect, student)) == treated
+
+
+def test_a_model_without_a_linear_head_is_refused_before_any_work(samples, monkeypatch):
+    monkeypatch.setattr("smi.defenses.erasure.teach", None)
+    odd = nn.Sequential(load_classifier("digits-badnets"), nn.Softmax(1))
+    with pytest.raises(smi.InputError, match="not the output of its last linear layer"):
+        QUICK.repair(odd, samples)
+
+
+def test_it_goes_by_its_name_and_by_another_than_ibau():
+    assert defenses["erasure"] is Erasure
+    assert Erasure().settings()["defense"] == "erasure"
+    for bad in ({"rounds": 0}, {"unusual": -1.0}, {"others": -1.0}):
+        with pytest.raises(smi.InputError):
+            Erasure(**bad)
+
+
+def test_a_search_draws_alike_on_every_model(samples):
+    """So that a suspect and its student differ by what they are, not by luck."""
+    model, config = (
+        frozen(tiny_model(size=32, classes=10)),
+        Search(families=("additive",), steps=2, restarts=2, probe=1),
+    )
+    first, again = (look(model, samples.images, samples.labels, [0, 3], config, seed=5) for _ in range(2))
+    assert torch.equal(first[0].numbers, again[0].numbers)
+    other = look(
+        frozen(tiny_model(size=32, classes=10, seed=1)), samples.images, samples.labels, [0, 3], config, seed=5
+    )
+    assert not torch.equal(first[0].numbers, other[0].numbers)
+
+
+# What the report says -----------------------------------------------------------------------------------------------
+
+
+def seen(treated, left, *, reference=True, targets=None, sizes=(1.0, 4.0, 4.2)):
+    scan = Scan(
+        [found(list(sizes), targets=targets)], [found([4.0] * len(sizes), targets=targets)] if reference else None
+    )
+    after = [found([4.0] * len(treated), targets=treated)] if treated else []
+    evidence = Evidence(scan, treated, after, left, 2.2)
+    model = fake_run.repair().model
+    return fake_run.removal(
+        found=Repair(model, "erasure", "smi", {"defense": "erasure"}, {"loss": [1.0]}, evidence=evidence)
+    )
+
+
+@pytest.mark.parametrize(
+    ("treated", "left", "words"),
+    [
+        ([], [], "No sign of a backdoor was found, and nothing was changed"),
+        ([0], [], "There are signs of a backdoor, and they are removed"),
+        ([0], [0], "something unusual is left"),
+        ([0, 2], [2], "something unusual is left"),
+    ],
+)
+def test_the_first_line_is_a_decision_with_its_reason(treated, left, words):
+    run = seen(treated, left)
+    said = removal_verdict(run)
+    assert words in said.split(":")[0]
+    assert "L2 norm" in said
+    assert "standard deviations" in said
+    page = removal_page(run)
+    assert "Is there a backdoor?" in page
+    assert ("The triggers that were found" in page) == bool(treated)
+    json.dumps(run.summary(), default=str)
+
+
+def test_without_a_student_none_is_spoken_of():
+    assert "fresh model" in removal_verdict(seen([0], []))
+    assert "fresh model" not in removal_verdict(seen([0], [], reference=False))
+
+
+def test_an_all_to_all_backdoor_is_told_as_one():
+    targets = [0, 1, 2, ANYWHERE]
+    run = seen([ANYWHERE], [], targets=targets, sizes=(4.0, 4.0, 4.2, 0.5))
+    said = removal_verdict(run)
+    assert "images of every class" in said
+    assert "fake" not in removal_page(run)
