@@ -68,7 +68,7 @@ class Erasure(Defense):
         scan = self.scan(model, samples, public, seed=seed)
         treated = self._treated(scan)
         found, left, curve = scan.of(treated), treated, []
-        # At first all that leads to a class, later what is still unusual. A trigger to anywhere has a direction a class.
+        # At first all that leads there, later what is still unusual. A trigger to anywhere has a direction a class.
         erased = self._unusual(scan, found, treated) if treated == [ANYWHERE] else found
         for _ in range(self.rounds):
             if not left:
