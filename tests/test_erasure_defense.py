@@ -165,6 +165,7 @@ def test_it_finds_the_target_and_removes_the_backdoor(digits, samples, repair):
     assert 0 in repair.evidence.treated
     assert repair.evidence.scan.excess().amax(0).argmax() == 0
     assert repair.evidence.scan.agreement > LEARNED
+    assert repair.evidence.scan.reference is not None
     assert before.asr > 0.9
     assert after.asr < 0.1
     assert before.acc - after.acc < 0.02
@@ -196,6 +197,14 @@ def test_classes_may_be_named(samples, repair, monkeypatch):
     assert done.evidence.treated == [4]
     with pytest.raises(smi.InputError, match=r"targets holds 10\. Allowed: 0 to 9"):
         replace(quick, targets=(10,)).repair(load_classifier("digits-badnets"), samples)
+
+
+def test_a_student_that_has_learned_little_is_not_asked(brightened):
+    model, samples, _ = brightened
+    search = Search(families=("additive",), steps=1, restarts=1)
+    scan = replace(QUICK, search=search, lessons=Lessons(steps=1, lr=0.0)).scan(model, samples)
+    assert scan.agreement < LEARNED
+    assert scan.reference is None
 
 
 @pytest.mark.parametrize(

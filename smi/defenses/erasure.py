@@ -21,7 +21,7 @@ from smi.defenses.base import Defense, Repair, defenses
 from smi.domains.base import PublicImages, Samples
 from smi.erasure.directions import directions
 from smi.erasure.head import erase, features, head_of
-from smi.erasure.scan import Evidence, Scan, look
+from smi.erasure.scan import LEARNED, Evidence, Scan, look
 from smi.erasure.search import ANYWHERE, Found, Search
 from smi.erasure.student import Draw, Lessons, teach
 from smi.erasure.tune import Tuning, tune
@@ -87,7 +87,7 @@ class Erasure(Defense):
         return Repair(repaired, self.name, samples.source, self.settings(), log, evidence=evidence)
 
     def scan(self, model: nn.Module, samples: Samples, public: PublicImages | None = None, *, seed: int = 0) -> Scan:
-        """The search on ``model`` and on a student of it."""
+        """The search on ``model``, and on a student of it where that has learned enough to compare with."""
         suspect, rng = frozen(model), stream(seed, "student")
         order = torch.randperm(len(samples), generator=rng)
         shown, others = order.tensor_split([round(TAUGHT * len(order))])
@@ -96,10 +96,11 @@ class Erasure(Defense):
         chance = 1 / samples.num_classes
         agreement = max(0.0, ((said[0] == said[1]).float().mean().item() - chance) / (1 - chance))
         classes = [*range(samples.num_classes), ANYWHERE]
-        found, reference = (
-            look(one, samples.images, samples.labels, classes, self.search, seed=seed) for one in (suspect, student)
+        useful = [suspect, student] if agreement >= LEARNED else [suspect]
+        found, *reference = (
+            look(one, samples.images, samples.labels, classes, self.search, seed=seed) for one in useful
         )
-        return Scan(found, reference, agreement)
+        return Scan(found, *reference, agreement=agreement)
 
     def _treated(self, scan: Scan) -> list[int]:
         """Unusual classes, or `ANYWHERE` instead, where that is more unusual than any class."""

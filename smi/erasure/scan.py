@@ -3,8 +3,9 @@
 Ease is reach by size: the share of other images that the smallest trigger found sends to a class, by how much of an
 image that takes. Classes differ in it without any backdoor. Two references say by how much: the other classes of the
 same model, and the same class on a *student* of the suspect, which has learned the task and not the trigger. A student
-is another model, so what is easy on it is only in part easy here; the less it has learned, the less it says. With e the
-logarithm of ease on the suspect and e′ that on the student, both less the median class's,
+is another model, so what is easy on it is only in part easy here; the less it has learned, the less it says, and where
+it has learned little (`LEARNED`) it is not asked. With e the logarithm of ease on the suspect and e′ that on the
+student, both less the median class's,
 
     u = e − share · agreement · e′,   excess = (u − median u) / spread,
 
@@ -35,7 +36,7 @@ SHARE = 0.5
 a backdoor."""
 
 SPREAD_ANYWHERE = 0.3  # of the log ease to get anywhere, between a model without a backdoor and its student
-LEARNED = 0.5  # agreement from which a student is a reference by itself
+LEARNED = 0.5  # agreement from which a student is a reference
 LEAST_EASE = 0.2  # of the median class's: below, an ease says no more
 LEAST_OF_STUDENT = 0.5  # the same on a student, where a search may fail by chance
 NORMAL = 1.4826  # standard deviations of a normal distribution in its median absolute deviation
