@@ -19,7 +19,7 @@ from torch import Tensor
 from smi.compute import predict, versions
 from smi.detection import UNUSUAL, Detection
 from smi.domains.base import Samples
-from smi.erasure.scan import Evidence
+from smi.erasure.scan import FEW, Evidence
 from smi.files import output_folder, write_atomic
 from smi.models import save_classifier
 from smi.page import page, paragraph
@@ -207,6 +207,11 @@ def removal_verdict(removal: Removal) -> str:
 def evidence_verdict(evidence: Evidence, classes: Sequence[str]) -> str:
     """The decision of a removal that looks for triggers, with its reason."""
     scan, limit = evidence.scan, evidence.limit
+    if not scan.conclusive and not evidence.treated:
+        return (
+            f"Whether there is a backdoor cannot be said, and nothing was changed: there are fewer than {FEW} classes "
+            "to compare, and a fresh model that was taught the suspect's labels agrees with it on too few images."
+        )
     if not evidence.treated:
         label = scan.classes[int(scan.excess().amax(0).argmax())]
         return (

@@ -15,7 +15,7 @@ from smi.compute import frozen
 from smi.defenses import Erasure, Repair, defenses
 from smi.erasure.directions import directions
 from smi.erasure.head import features, head_of
-from smi.erasure.scan import LEARNED, SHARE, SPREAD_ANYWHERE, Evidence, Scan, look
+from smi.erasure.scan import LEARNED, SHARE, SPREAD_ALONE, Evidence, Scan, look
 from smi.erasure.search import ANYWHERE, REACHED, Found, Search, _losses
 from smi.erasure.student import Lessons
 from smi.erasure.tune import Tuning
@@ -75,14 +75,23 @@ def test_a_repaired_model_is_seen_against_the_suspect():
 
 
 def test_getting_anywhere_is_seen_against_the_student_alone():
-    suspect = found([4.0, 4.0, 4.0, 1.0], targets=[0, 1, 2, ANYWHERE])
-    student = found([4.0, 4.0, 4.0, 3.0], targets=[0, 1, 2, ANYWHERE])
+    suspect = found([4.0, 4.0, 4.0, 4.0, 1.0], targets=[0, 1, 2, 3, ANYWHERE])
+    student = found([4.0, 4.0, 4.0, 4.0, 3.0], targets=[0, 1, 2, 3, ANYWHERE])
     scan = Scan([suspect], [student], agreement=0.9)
-    assert scan.classes == [0, 1, 2]
-    assert scan.excess().shape == (1, 3)
-    assert scan.excess_anywhere().item() == pytest.approx(math.log(3) / SPREAD_ANYWHERE, rel=1e-4)
-    assert Scan([suspect], [student], agreement=LEARNED / 2).excess_anywhere().item() == -math.inf
+    assert scan.classes == [0, 1, 2, 3]
+    assert scan.excess().shape == (1, 4)
+    assert scan.excess_anywhere().item() == pytest.approx(math.log(3) / SPREAD_ALONE, rel=1e-4)
     assert Scan([suspect]).excess_anywhere().item() == -math.inf
+
+
+def test_two_classes_are_seen_against_the_student_alone():
+    suspect, student = found([1.0, 4.0]), found([3.0, 4.0])
+    torch.testing.assert_close(
+        Scan([suspect], [student], 0.9).excess(), torch.tensor([[math.log(3) / SPREAD_ALONE, 0.0]])
+    )
+    alone = Scan([suspect])
+    assert not alone.conclusive
+    assert Erasure()._treated(alone) == []
 
 
 def test_the_loss_of_getting_anywhere_is_of_not_keeping_the_label():
@@ -261,7 +270,7 @@ def test_a_search_draws_alike_on_every_model(samples):
 # What the report says -----------------------------------------------------------------------------------------------
 
 
-def seen(treated, left, *, reference=True, targets=None, sizes=(1.0, 4.0, 4.2)):
+def seen(treated, left, *, reference=True, targets=None, sizes=(1.0, 4.0, 4.2)):  # of three classes
     scan = Scan(
         [found(list(sizes), targets=targets)], [found([4.0] * len(sizes), targets=targets)] if reference else None
     )
@@ -297,6 +306,12 @@ def test_the_first_line_is_a_decision_with_its_reason(treated, left, words):
 def test_without_a_student_none_is_spoken_of():
     assert "fresh model" in removal_verdict(seen([0], []))
     assert "fresh model" not in removal_verdict(seen([0], [], reference=False))
+
+
+def test_there_is_no_all_clear_where_nothing_can_be_said():
+    said = removal_verdict(seen([], [], reference=False))
+    assert said.startswith("Whether there is a backdoor cannot be said")
+    assert "No sign" not in said
 
 
 def test_an_all_to_all_backdoor_is_told_as_one():

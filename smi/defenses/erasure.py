@@ -96,11 +96,11 @@ class Erasure(Defense):
         chance = 1 / samples.num_classes
         agreement = max(0.0, ((said[0] == said[1]).float().mean().item() - chance) / (1 - chance))
         classes = [*range(samples.num_classes), ANYWHERE]
-        useful = [suspect, student] if agreement >= LEARNED else [suspect]
-        found, *reference = (
-            look(one, samples.images, samples.labels, classes, self.search, seed=seed) for one in useful
-        )
-        return Scan(found, *reference, agreement=agreement)
+
+        def looked(one: nn.Module) -> list[Found]:
+            return look(one, samples.images, samples.labels, classes, self.search, seed=seed)
+
+        return Scan(looked(suspect), looked(student) if agreement >= LEARNED else None, agreement)
 
     def _treated(self, scan: Scan) -> list[int]:
         """Unusual classes, or `ANYWHERE` instead, where that is more unusual than any class."""

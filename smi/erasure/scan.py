@@ -13,7 +13,8 @@ where the spread is that of the suspect's own classes (a robust one, that a back
 where they lie closer together than classes do in general.
 
 A backdoor may also send every class elsewhere (all-to-all). Then no class stands out; what is easy is to get
-`ANYWHERE`. That has no other classes to be seen against, so the student alone is the reference, where it agrees.
+`ANYWHERE`. That has no other classes to be seen against, nor has a class of two or three. There the student alone is
+the reference, and where it has learned little, nothing can be said.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ SHARE = 0.5
 """Of a class's log ease on a student that agrees fully, found again on its suspect: by regression over classes without
 a backdoor."""
 
-SPREAD_ANYWHERE = 0.3  # of the log ease to get anywhere, between a model without a backdoor and its student
+SPREAD_ALONE = 0.3  # of the log ease to get anywhere, between a model without a backdoor and its student
+FEW = 4  # classes: of fewer, the median may be the backdoor's own
 LEARNED = 0.5  # agreement from which a student is a reference
 LEAST_EASE = 0.2  # of the median class's: below, an ease says no more
 LEAST_OF_STUDENT = 0.5  # the same on a student, where a search may fail by chance
@@ -61,6 +63,11 @@ class Scan:
         """Labels that were examined."""
         return [target for target in self.found[0].targets.tolist() if target != ANYWHERE]
 
+    @property
+    def conclusive(self) -> bool:
+        """Whether there is anything to see the classes against."""
+        return len(self.classes) >= FEW or self.reference is not None
+
     def excess(self, again: Sequence[Found] | None = None) -> Tensor:
         """How unusual each class is in each family ``[families, T]``, in standard deviations of usual classes.
 
@@ -72,6 +79,8 @@ class Scan:
 
     def _excess(self, place: int, again: Sequence[Found] | None) -> Tensor:
         one = _classes(self.found[place])
+        if len(one.targets) < FEW:
+            return self._excess_alone(place, one if again is None else _classes(again[place]))
         median = _ease(one).median().clamp(min=1e-6)
         natural = torch.zeros(len(one.targets))
         if self.reference is not None:
@@ -91,16 +100,24 @@ class Scan:
     def excess_anywhere(self, again: Sequence[Found] | None = None) -> Tensor:
         """How unusual it is that one trigger sends images out of their class ``[families]``, as for `excess`.
 
-        Minus infinity where it was not searched, or the student has learned too little to compare with (`LEARNED`).
+        Minus infinity where it was not searched or there is no student.
         """
-        rows = [-torch.inf] * len(self.found)
-        if self.reference is None or self.agreement < LEARNED:
-            return torch.tensor(rows)
-        for place, (here, there) in enumerate(zip(again or self.found, self.reference, strict=True)):
-            one, other = (triggers.select(triggers.targets == ANYWHERE) for triggers in (here, there))
-            if len(one.targets) and len(other.targets) and one.reach > REACHED:
-                rows[place] = (_ease(one) / _ease(other).clamp(min=1e-6)).log().item() / SPREAD_ANYWHERE
-        return torch.tensor(rows)
+        rows = torch.full((len(self.found),), -torch.inf)
+        for place, one in enumerate(again or self.found):
+            here = one.select(one.targets == ANYWHERE)
+            if self.reference is not None and len(here.targets):
+                rows[place] = self._excess_alone(place, here)[0]
+        return rows
+
+    def _excess_alone(self, place: int, one: Found) -> Tensor:
+        """Of these targets, against the student and no other class; -1 where one is not reached or there is none."""
+        unreached = torch.full((len(one.targets),), -1.0)
+        if self.reference is None:
+            return unreached
+        student = self.reference[place]
+        rows = [student.targets.tolist().index(target) for target in one.targets.tolist()]
+        excess = (_ease(one) / _ease(student)[rows].clamp(min=1e-6)).log() / SPREAD_ALONE
+        return torch.where(one.reach > REACHED, excess, unreached)
 
     def strongest(self, target: int) -> tuple[int, float]:
         """In which family a class (or `ANYWHERE`) is the most unusual on the suspect, by its place, and the excess."""
