@@ -124,7 +124,7 @@ def lab(into: Path | None, port: int, browser: bool, options: tuple[str, ...]) -
 @click.option("--public", "public_name", help="Unlabelled public images: a domain's name, an .npz or a folder.")
 @click.option("--prior-steps", type=click.IntRange(min=1), help="Of a prior that is trained here.  [default: 4000]")
 @click.option("--per-class", type=click.IntRange(min=1), default=PER_CLASS, show_default=True)
-@click.option("--defense", "defense_name", help="How to remove: ibau_restarted, ft, nad, ...  [default: ibau]")
+@click.option("--defense", "defense_name", help="How to remove: erasure, ibau_restarted, ft, ...  [default: ibau]")
 @click.option("--detect/--no-detect", "detection_wanted", default=True, help="Look for signs of a backdoor, too.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder, new or empty.")
 @force_option
@@ -145,7 +145,9 @@ def remove(
     writes the repaired weights in the layout that they came in, report.html and report.json, and the prior where it was
     trained here. What is stopped goes on with --resume.
 
-    --defense ibau_restarted forgets most of the weights first: it removes more (warps above all), and costs accuracy.
+    --defense erasure searches triggers of several kinds (patterns, patches, warps), takes the directions in which they
+    move the features out of the last layer, and changes nothing where no class is unusual. --defense ibau_restarted
+    forgets most of the weights first: it removes more (warps above all), and costs accuracy.
 
     \b
     Examples:

@@ -190,6 +190,25 @@ def test_the_same_seed_gives_the_same_weights(brightened):
     assert not all(torch.equal(value, other[name]) for name, value in once.items())
 
 
+def test_what_was_searched_is_not_searched_again(brightened, tmp_path, monkeypatch):
+    model, samples, _ = brightened
+    quick = replace(QUICK, search=Search(steps=2, restarts=1), lessons=Lessons(steps=3), targets=(1,))
+    whole = quick.repair(model, samples)
+
+    def stopped(*args, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("smi.defenses.erasure.tune", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            quick.repair(model, samples, checkpoint=tmp_path / "state")
+    monkeypatch.setattr(Erasure, "scan", stopped)
+    resumed = quick.repair(model, samples, checkpoint=tmp_path / "state")
+    assert resumed.log == whole.log
+    after = whole.model.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in resumed.model.state_dict().items())
+
+
 def test_where_nothing_is_unusual_nothing_is_changed(samples, repair, monkeypatch):
     monkeypatch.setattr(Erasure, "scan", lambda *args, **options: repair.evidence.scan)
     victim = load_classifier("digits-badnets")

@@ -99,8 +99,8 @@ class Defense:
         public images, on which the repaired model is held to the suspect model's own outputs where the defense distils.
         checkpoint: a file for the state, written after a round of training when ``every`` seconds have passed, and when
         Ctrl-C or SIGTERM end the work; where it exists, the repair goes on from it, to the same weights. I-BAU with its
-        robust solvers and fine-tuning can do that; other defenses begin again. Raises `InputError` for anything else, a
-        `PrivateSet` or an attack above all.
+        robust solvers and fine-tuning can do that, erasure once it has searched; other defenses begin again. Raises
+        `InputError` for anything else, a `PrivateSet` or an attack above all.
         """
         if samples is None and not self.needs_samples:
             check_public(public, None)

@@ -27,6 +27,7 @@ from smi.erasure.student import Draw, Lessons, teach
 from smi.erasure.tune import Tuning, tune
 from smi.errors import InputError
 from smi.seeding import stream
+from smi.unfinished import current
 
 TAUGHT = 0.7  # of the samples are shown to the student; on the others one sees what it has learned
 
@@ -65,7 +66,8 @@ class Erasure(Defense):
     def _repair(self, model: nn.Module, samples: Samples, public: PublicImages | None, seed: int) -> Repair:
         repaired, rng = copy.deepcopy(model).eval(), stream(seed, "erasure")
         head = head_of(repaired, samples.images[:2])  # raises before any work where there is none
-        scan = self.scan(model, samples, public, seed=seed)
+        kept = current().once("scan", rng, lambda: self.scan(model, samples, public, seed=seed).tensors())
+        scan = Scan.restored(self.search.families, kept)
         treated = self._treated(scan)
         found, left, curve = scan.of(treated), treated, []
         # At first all that leads there, later what is still unusual. A trigger to anywhere has a direction a class.

@@ -19,7 +19,7 @@ the reference, and where it has learned little, nothing can be said.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,7 @@ FEW = 4  # classes: of fewer, the median may be the backdoor's own
 LEARNED = 0.5  # agreement from which a student is a reference
 LEAST_EASE = 0.2  # of the median class's: below, an ease says no more
 LEAST_OF_STUDENT = 0.5  # the same on a student, where a search may fail by chance
+PARTS = ("targets", "numbers", "size", "reach")  # of a `Found`
 NORMAL = 1.4826  # standard deviations of a normal distribution in its median absolute deviation
 
 
@@ -127,6 +128,24 @@ class Scan:
     def of(self, classes: Sequence[int]) -> list[Found]:
         """The triggers on the suspect to these classes."""
         return [one.select(torch.isin(one.targets, torch.tensor(list(classes)))) for one in self.found]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it but the families' names, for a checkpoint; `restored` reads it."""
+        said = {"agreement": torch.tensor(self.agreement)}
+        for name, triggers in (("found", self.found), ("reference", self.reference or [])):
+            for place, one in enumerate(triggers):
+                said |= {f"{name}.{place}.{key}": getattr(one, key) for key in PARTS}
+        return said
+
+    @classmethod
+    def restored(cls, names: Sequence[str], tensors: Mapping[str, Tensor]) -> Scan:
+        """What `tensors` gave, with the names of the families."""
+
+        def triggers(name: str) -> list[Found]:
+            return [Found(one, *(tensors[f"{name}.{i}.{key}"] for key in PARTS)) for i, one in enumerate(names)]
+
+        reference = triggers("reference") if "reference.0.size" in tensors else None
+        return cls(triggers("found"), reference, tensors["agreement"].item())
 
     def record(self) -> dict[str, Any]:
         """As plain values, for a report: by family, a number a class."""
