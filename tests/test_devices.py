@@ -17,9 +17,12 @@ from smi.attacks import BadNets
 from smi.checks import device_of
 from smi.classifiers import TrainConfig, train_classifier
 from smi.compute import precision, predict
-from smi.defenses import ANP, CLP, FTSAM, IBAU, NAD, FinePrune, Published, ibau_robust
+from smi.defenses import ANP, CLP, FTSAM, IBAU, NAD, Erasure, FinePrune, Published, ibau_robust
 from smi.defenses.base import Schedule
 from smi.domains import PrivateSet, PublicImages
+from smi.erasure.search import Search
+from smi.erasure.student import Lessons
+from smi.erasure.tune import Tuning
 from smi.errors import InputError
 from smi.evaluation import Evaluator
 from smi.gan import PriorConfig, fit_prior
@@ -35,6 +38,9 @@ OTHERS = {
     "anp": ANP(schedule=FAST),
     "ftsam": FTSAM(schedule=FAST),
     "clp": CLP(u=0.5),
+    "erasure": Erasure(
+        search=Search(steps=3, restarts=2, probe=1), lessons=Lessons(steps=3), tuning=Tuning(steps=3), targets=(1, 2)
+    ),
     "published": IBAU(solver=Published(rounds=2)),
 }
 

@@ -156,9 +156,9 @@ class Warped:
         """``[K, N, C, H, W]``."""
         shape = images.shape[1:]
         height, width = shape[1:]
-        axes = (torch.linspace(-1, 1, side, device=images.device) for side in (height, width))
+        axes = (torch.linspace(-1, 1, side).to(images) for side in (height, width))
         y, x = torch.meshgrid(*axes, indexing="ij")
-        half = torch.tensor([max(width - 1, 1), max(height - 1, 1)], device=images.device) / 2  # pixels from 0 to 1
+        half = (torch.tensor([max(width - 1, 1), max(height - 1, 1)]) / 2).to(images)  # pixels from 0 to 1
         points = (torch.stack([x, y], -1) + self.field(numbers, shape) / half).clamp(-1, 1)
         # One field for all images of a candidate: images become channels, so that the field is read once.
         together = images.flatten(0, 1).expand(len(numbers), -1, -1, -1)

@@ -105,10 +105,9 @@ def features(model: nn.Module, head: Head, images: Tensor, *, batch_size: int = 
 def erase(layer: nn.Linear | nn.Conv2d, natural: Tensor, directions: Tensor) -> None:
     """Take ``directions`` ``[r, F]`` out of a `Head`'s layer, in place.
 
-    natural ``[N, F]``: its inputs on samples. Without a bias nothing can be centred: second moments about 0 are used.
+    natural ``[N, F]``: its inputs on samples. Worked out in float64 on the CPU. Without a bias nothing can be centred: second moments about 0 are used.
     """
-    weight, kept = layer.weight.flatten(1).double(), natural.double().to(layer.weight.device)
-    d = directions.double().to(weight.device)
+    weight, kept, d = (part.cpu().double() for part in (layer.weight.flatten(1), natural, directions))
     mean = kept.mean(0) if layer.bias is not None else torch.zeros_like(kept[0])
     centred = kept - mean
     covariance = centred.T @ centred / len(kept)
@@ -118,6 +117,6 @@ def erase(layer: nn.Linear | nn.Conv2d, natural: Tensor, directions: Tensor) -> 
     gram = solved @ d.T
     gram.diagonal().add_(RIDGE_OF_DIRECTIONS * gram.diagonal().mean())
     out = (weight @ d.T) @ torch.linalg.solve(gram, solved)  # W (I − P)
-    layer.weight.copy_((weight - out).view_as(layer.weight))
+    layer.weight.copy_((weight - out).view(layer.weight.shape).to(layer.weight.dtype))
     if layer.bias is not None:
-        layer.bias.add_((out @ mean).to(layer.bias))
+        layer.bias.copy_((layer.bias.cpu().double() + out @ mean).to(layer.bias.dtype))

@@ -155,7 +155,7 @@ class _Task:
                 kept = (loss.detach() < CERTAIN).float()
                 return torch.autograd.grad((loss + family.weight * kept * size).sum(), numbers)[0]
 
-            for part in halving(gradient, torch.arange(len(targets), device=device), chunk):
+            for part in halving(gradient, torch.arange(len(targets)).to(device), chunk):
                 total += part
             numbers.grad = total
             optimizer.step()
@@ -198,7 +198,7 @@ def _tried(run: Runner, images: Tensor, labels: Tensor, found: Found) -> Found:
     for index, target in enumerate(found.targets.tolist()):
         others = labels != target
         shown, own = found.select(torch.tensor([index])).stamp(images[others])[0], labels[others]
-        said = torch.cat([run(part).argmax(1) for part in shown.split(256)]) if len(shown) else own
+        said = torch.cat([run(part).argmax(1).cpu() for part in shown.split(256)]) if len(shown) else own
         hits = said != own if target == ANYWHERE else said == target
-        rates.append(hits.float().mean().cpu() if len(shown) else torch.tensor(0.0))
+        rates.append(hits.float().mean() if len(shown) else torch.tensor(0.0))
     return Found(found.family, found.targets, found.numbers, found.size, torch.stack(rates))
