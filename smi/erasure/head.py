@@ -105,7 +105,8 @@ def features(model: nn.Module, head: Head, images: Tensor, *, batch_size: int = 
 def erase(layer: nn.Linear | nn.Conv2d, natural: Tensor, directions: Tensor) -> None:
     """Take ``directions`` ``[r, F]`` out of a `Head`'s layer, in place.
 
-    natural ``[N, F]``: its inputs on samples. Worked out in float64 on the CPU. Without a bias nothing can be centred: second moments about 0 are used.
+    natural ``[N, F]``: its inputs on samples. Without a bias nothing can be centred: second moments about 0 are used.
+    Worked out in float64 on the CPU.
     """
     weight, kept, d = (part.cpu().double() for part in (layer.weight.flatten(1), natural, directions))
     mean = kept.mean(0) if layer.bias is not None else torch.zeros_like(kept[0])
