@@ -18,6 +18,7 @@ from smi.checks import check_number
 from smi.compute import Runner
 from smi.erasure.families import families
 from smi.memory import Chunk, halving
+from smi.progress import track
 
 ANYWHERE = -1  # as a target: any class but the image's own
 CERTAIN = 0.2  # nats: nine of ten images are in the class
@@ -106,15 +107,16 @@ def search(
     order = torch.randperm(len(images), generator=rng)
     shown, tried = (images[order[held:]], labels[order[held:]]), (images[order[:held]], labels[order[:held]])
     wanted, found = torch.tensor(list(targets)), []
-    for name in config.families:
+    probe = min(config.probe, config.steps)
+    for name in track(config.families, "searching triggers", unit="families"):
         task = _Task(run, *shown, name, config, rng)
         many = wanted.repeat_interleave(config.restarts)
         numbers = families[name].start(len(many), images.shape[1:], rng)
         if config.restarts > 1:
-            numbers = task.descend(many, numbers, range(config.probe))
+            numbers = task.descend(many, numbers, range(probe))
             rows = task.objective(many, numbers).view(len(wanted), config.restarts).argmin(1)
             numbers = numbers.view(len(wanted), config.restarts, -1)[torch.arange(len(wanted)), rows]
-            numbers = task.descend(wanted, numbers, range(config.probe, config.steps))
+            numbers = task.descend(wanted, numbers, range(probe, config.steps))
         else:
             numbers = task.descend(wanted, numbers, range(config.steps))
         one = Found(name, wanted, numbers, families[name].size(numbers, images.shape[1:]), torch.zeros(len(wanted)))
