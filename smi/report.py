@@ -232,8 +232,9 @@ def evidence_verdict(evidence: Evidence, classes: Sequence[str]) -> str:
             "easily than it should. Do not rely on this model."
         )
     return (
-        f"There are signs of a backdoor, and they are removed: {why}; above {limit:g} is a sign. The triggers to "
-        f"{erased} were erased, and a new search on the repaired model finds nothing unusual there."
+        f"There are signs of a backdoor, and after the removal none is left: {why}; above {limit:g} is a sign. The "
+        f"triggers to {erased} were erased, and a new search on the repaired model finds nothing unusual there. The "
+        "attacker's own trigger is not known, so how much of it still works cannot be measured here."
     )
 
 

@@ -239,14 +239,20 @@ def evidence_sections(suspect: nn.Module, repair: Repair, samples: Samples, clas
         if label in evidence.treated:
             after = f"{evidence.excess_after()[evidence.treated.index(label)]:.1f}"
         rows.append([classes[label], in_words(one), percent(one.reach.item()), f"{value:.1f}", after])
-    note = (
-        f"To every class the smallest trigger was searched in several kinds ({kinds(scan)}), on the suspect model and "
-        "on a fresh model that was taught the suspect's labels of images without a trigger "
-        f"(it agrees beyond chance on {percent(scan.agreement)}). Shown is the kind that is most unusual for the class."
+    fresh = (
+        f"a fresh model that was taught the suspect's labels of images without a trigger ({percent(scan.agreement)} "
     )
+    fresh += "agreement beyond chance)"
+    note = f"To every class the smallest trigger was searched in several kinds ({kinds(scan)}), on the suspect model"
+    note += (
+        f". On {fresh} it was not, since that learned too little to compare with. " if scan.reference is None else ""
+    )
+    note += f" and on {fresh}. " if scan.reference is not None else ""
+    note += "Shown is the kind that is most unusual for the class."
+    than = "the suspect's other classes let" if scan.reference is None else "its other classes and the fresh model let"
     caption = (
-        "Excess: how much more easily the class is reached than the suspect's other classes and the fresh model let "
-        f"expect, in standard deviations. Above {evidence.limit:g} a class is treated; then the excess of a new search "
+        f"Excess: how much more easily the class is reached on the suspect than {than} expect, in standard deviations. "
+        f"Above {evidence.limit:g} a class is treated; then the excess of a new search "
         "on the repaired model stands beside it." + _cut(len(scan.classes), len(rows))
     )
     marked = [row for row, place in enumerate(sorted(order)) if scan.classes[place] in evidence.treated]

@@ -305,7 +305,7 @@ def seen(treated, left, *, reference=True, targets=None, sizes=(1.0, 4.0, 4.2)):
     ("treated", "left", "words"),
     [
         ([], [], "No sign of a backdoor was found, and nothing was changed"),
-        ([0], [], "There are signs of a backdoor, and they are removed"),
+        ([0], [], "There are signs of a backdoor, and after the removal none is left"),
         ([0], [0], "something unusual is left"),
         ([0, 2], [2], "something unusual is left"),
     ],
@@ -324,7 +324,9 @@ def test_the_first_line_is_a_decision_with_its_reason(treated, left, words):
 
 def test_without_a_student_none_is_spoken_of():
     assert "fresh model" in removal_verdict(seen([0], []))
-    assert "fresh model" not in removal_verdict(seen([0], [], reference=False))
+    alone = seen([0], [], reference=False)
+    assert "fresh model" not in removal_verdict(alone)
+    assert "learned too little to compare with" in removal_page(alone)
 
 
 def test_there_is_no_all_clear_where_nothing_can_be_said():
