@@ -239,17 +239,17 @@ def evidence_sections(suspect: nn.Module, repair: Repair, samples: Samples, clas
         if label in evidence.treated:
             after = f"{evidence.excess_after()[evidence.treated.index(label)]:.1f}"
         rows.append([classes[label], in_words(one), percent(one.reach.item()), f"{value:.1f}", after])
-    fresh = (
-        f"a fresh model that was taught the suspect's labels of images without a trigger ({percent(scan.agreement)} "
+    fresh = "a fresh model that was taught the suspect's labels of images without a trigger "
+    fresh += f"({percent(scan.agreement)} agreement beyond chance)"
+    if scan.reference is None:
+        where = f"on the suspect model. On {fresh} it was not, since that learned too little to compare with."
+        than = "the suspect's other classes let"
+    else:
+        where, than = f"on the suspect model and on {fresh}.", "its other classes and the fresh model let"
+    note = (
+        f"To every class the smallest trigger was searched in several kinds ({kinds(scan)}), {where} Shown is the kind "
+        "that is most unusual for the class."
     )
-    fresh += "agreement beyond chance)"
-    note = f"To every class the smallest trigger was searched in several kinds ({kinds(scan)}), on the suspect model"
-    note += (
-        f". On {fresh} it was not, since that learned too little to compare with. " if scan.reference is None else ""
-    )
-    note += f" and on {fresh}. " if scan.reference is not None else ""
-    note += "Shown is the kind that is most unusual for the class."
-    than = "the suspect's other classes let" if scan.reference is None else "its other classes and the fresh model let"
     caption = (
         f"Excess: how much more easily the class is reached on the suspect than {than} expect, in standard deviations. "
         f"Above {evidence.limit:g} a class is treated; then the excess of a new search "
