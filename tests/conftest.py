@@ -9,7 +9,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import study_pieces
+import torch
 
+import smi
 from smi.memory import keep_freed
 from smi.threads import usable_cores
 
@@ -53,3 +55,17 @@ def store(tmp_path):
 
     (tmp_path / "cache").mkdir()
     return Store(tmp_path / "out", tmp_path / "cache")
+
+
+@pytest.fixture(scope="session")
+def digits():
+    """The shipped domain."""
+    return smi.load_domain("digits")
+
+
+@pytest.fixture(scope="session")
+def few_digits(digits):
+    """Fifteen clean training images of each digit, as samples."""
+    train = digits.private.train
+    chosen = torch.cat([(train.labels == label).nonzero()[:15, 0] for label in range(10)])
+    return smi.Samples(train.images[chosen], train.labels[chosen], 10, "clean")

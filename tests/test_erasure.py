@@ -9,6 +9,7 @@ import smi
 from smi.attacks import WaNet
 from smi.classifiers import build_classifier
 from smi.compute import fast, frozen
+from smi.erasure.directions import directions
 from smi.erasure.families import families
 from smi.erasure.head import RIDGE, erase, features, head_of
 from smi.erasure.search import Search, search
@@ -198,38 +199,23 @@ def test_a_model_without_such_a_layer():
 # Search, erasure, tuning --------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def digits():
-    return smi.load_domain("digits")
-
-
-@pytest.fixture(scope="module")
-def samples(digits):
-    train = digits.private.train
-    chosen = torch.cat([(train.labels == label).nonzero()[:20, 0] for label in range(10)])
-    return smi.Samples(train.images[chosen], train.labels[chosen], 10, "clean")
-
-
-def test_a_backdoor_is_found_erased_and_tuned_away(digits, samples):
+def test_a_backdoor_is_found_erased_and_tuned_away(digits, few_digits):
     victim, evaluator = load_classifier("digits-badnets"), smi.Evaluator(digits.private.test, smi.attacks.BadNets())
     with fast(frozen(victim)) as run:
         config = Search(families=("additive", "masked"), steps=25, restarts=1)
-        found = search(run, samples.images, samples.labels, range(10), config, stream(0, "search"))
+        found = search(run, few_digits.images, few_digits.labels, range(10), config, stream(0, "search"))
     for one in found:
         assert one.size.argmin() == 0
         assert one.size[0] < 0.5 * one.size.median()
         assert one.reach[0] > 0.5
-    before, head = evaluator.measure(victim), head_of(victim, samples.images[:2])
-    natural = features(victim, head, samples.images)
-    others = samples.labels != 0
+    before, head = evaluator.measure(victim), head_of(victim, few_digits.images[:2])
     chosen = [one.select(torch.tensor([0])) for one in found]
-    shifts = [features(victim, head, one.stamp(samples.images[others])[0]) - natural[others] for one in chosen]
-    erase(head.layer, natural, torch.stack([shift.mean(0) for shift in shifts]))
+    erase(head.layer, features(victim, head, few_digits.images), directions(victim, head, few_digits, chosen))
     erased = evaluator.measure(victim)
     assert before.asr > 0.9
     assert erased.asr < 0.2
     assert before.acc - erased.acc < 0.02
-    tune(victim, samples, digits.public, chosen, Tuning(), stream(0, "tune"))
+    tune(victim, few_digits, digits.public, chosen, Tuning(), stream(0, "tune"))
     tuned = evaluator.measure(victim)
     assert tuned.asr < 0.1
     assert before.acc - tuned.acc < 0.02
