@@ -225,6 +225,8 @@ def evidence_verdict(evidence: Evidence, classes: Sequence[str]) -> str:
     erased, left = (
         ", ".join(named(label, classes) for label in chosen) for chosen in (evidence.treated, evidence.left)
     )
+    if all(scan.strongest(label)[1] <= limit for label in evidence.treated):
+        return f"No class is reached unusually easily. The triggers to {erased} were erased because that was asked for."
     if evidence.left:
         return (
             f"There are signs of a backdoor, and something unusual is left: {why}; above {limit:g} is a sign. The "

@@ -36,7 +36,7 @@ def percent(rate: float) -> str:
 def defense_name(name: str) -> str:
     """A defense's name for readers: "ibau/robust" is I-BAU with the robust solver."""
     family, _, solver = name.partition("/")
-    plain = {"erasure": "erasure", "ibau": "I-BAU", "ft": "fine-tuning"}.get(family, family)
+    plain = {"ibau": "I-BAU", "ft": "fine-tuning"}.get(family, family)
     return f"{plain}, {solver} solver" if solver else plain
 
 
@@ -252,8 +252,8 @@ def evidence_sections(suspect: nn.Module, repair: Repair, samples: Samples, clas
     )
     caption = (
         f"Excess: how much more easily the class is reached on the suspect than {than} expect, in standard deviations. "
-        f"Above {evidence.limit:g} a class is treated; then the excess of a new search "
-        "on the repaired model stands beside it." + _cut(len(scan.classes), len(rows))
+        f"Above {evidence.limit:g} the most unusual class is treated, further ones above {evidence.others:g}; then the "
+        "excess of a new search on the repaired model stands beside it." + _cut(len(scan.classes), len(rows))
     )
     marked = [row for row, place in enumerate(sorted(order)) if scan.classes[place] in evidence.treated]
     head = ["Class", "Trigger", "Sends there", "Excess", "After"]

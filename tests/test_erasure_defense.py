@@ -152,23 +152,11 @@ QUICK = Erasure(
 
 
 @pytest.fixture(scope="module")
-def digits():
-    return smi.load_domain("digits")
+def repair(digits, few_digits):
+    return QUICK.repair(load_classifier("digits-badnets"), few_digits, digits.public, seed=3)
 
 
-@pytest.fixture(scope="module")
-def samples(digits):
-    train = digits.private.train
-    chosen = torch.cat([(train.labels == label).nonzero()[:15, 0] for label in range(10)])
-    return smi.Samples(train.images[chosen], train.labels[chosen], 10, "clean")
-
-
-@pytest.fixture(scope="module")
-def repair(digits, samples):
-    return QUICK.repair(load_classifier("digits-badnets"), samples, digits.public, seed=3)
-
-
-def test_it_finds_the_target_and_removes_the_backdoor(digits, samples, repair):
+def test_it_finds_the_target_and_removes_the_backdoor(digits, few_digits, repair):
     victim, evaluator = load_classifier("digits-badnets"), smi.Evaluator(digits.private.test, smi.attacks.BadNets())
     before, after = evaluator.measure(victim), evaluator.measure(repair.model)
     assert 0 in repair.evidence.treated
@@ -185,6 +173,7 @@ def test_it_finds_the_target_and_removes_the_backdoor(digits, samples, repair):
 def test_the_same_seed_gives_the_same_weights(brightened):
     model, samples, _ = brightened
     quick = replace(QUICK, search=Search(steps=3, restarts=2, probe=2), lessons=Lessons(steps=3), targets=(1,))
+    model.requires_grad_(False)  # a flag is no reason to leave a weight as it was
     once, again, other = (quick.repair(model, samples, seed=seed).model.state_dict() for seed in (3, 3, 4))
     assert all(torch.equal(value, again[name]) for name, value in once.items())
     assert not all(torch.equal(value, other[name]) for name, value in once.items())
@@ -209,22 +198,22 @@ def test_what_was_searched_is_not_searched_again(brightened, tmp_path, monkeypat
     assert all(torch.equal(value, after[name]) for name, value in resumed.model.state_dict().items())
 
 
-def test_where_nothing_is_unusual_nothing_is_changed(samples, repair, monkeypatch):
+def test_where_nothing_is_unusual_nothing_is_changed(few_digits, repair, monkeypatch):
     monkeypatch.setattr(Erasure, "scan", lambda *args, **options: repair.evidence.scan)
     victim = load_classifier("digits-badnets")
-    done = replace(QUICK, unusual=1e6).repair(victim, samples)
+    done = replace(QUICK, unusual=1e6).repair(victim, few_digits)
     after = done.model.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in victim.state_dict().items())
     assert done.evidence.treated == done.evidence.left == done.evidence.after == done.log["loss"] == []
 
 
-def test_classes_may_be_named(samples, repair, monkeypatch):
+def test_classes_may_be_named(few_digits, repair, monkeypatch):
     monkeypatch.setattr(Erasure, "scan", lambda *args, **options: repair.evidence.scan)
     quick = replace(QUICK, search=replace(QUICK.search, steps=2), targets=(4,))
-    done = quick.repair(load_classifier("digits-badnets"), samples)
+    done = quick.repair(load_classifier("digits-badnets"), few_digits)
     assert done.evidence.treated == [4]
     with pytest.raises(smi.InputError, match=r"targets holds 10\. Allowed: 0 to 9"):
-        replace(quick, targets=(10,)).repair(load_classifier("digits-badnets"), samples)
+        replace(quick, targets=(10,)).repair(load_classifier("digits-badnets"), few_digits)
 
 
 def test_a_student_that_has_learned_little_is_not_asked(brightened):
@@ -257,11 +246,11 @@ def test_a_backdoor_of_every_class_is_treated_as_one_where_no_class_explains_it(
         assert Erasure()._treated(Scan(suspect, student)) == treated
 
 
-def test_a_model_without_a_linear_head_is_refused_before_any_work(samples, monkeypatch):
+def test_a_model_without_a_linear_head_is_refused_before_any_work(few_digits, monkeypatch):
     monkeypatch.setattr("smi.defenses.erasure.teach", None)
     odd = nn.Sequential(load_classifier("digits-badnets"), nn.Softmax(1))
     with pytest.raises(smi.InputError, match="not the output of its last linear layer"):
-        QUICK.repair(odd, samples)
+        QUICK.repair(odd, few_digits)
 
 
 def test_it_goes_by_its_name_and_by_another_than_ibau():
@@ -272,16 +261,16 @@ def test_it_goes_by_its_name_and_by_another_than_ibau():
             Erasure(**bad)
 
 
-def test_a_search_draws_alike_on_every_model(samples):
+def test_a_search_draws_alike_on_every_model(few_digits):
     """So that a suspect and its student differ by what they are, not by luck."""
     model, config = (
         frozen(tiny_model(size=32, classes=10)),
         Search(families=("additive",), steps=2, restarts=2, probe=1),
     )
-    first, again = (look(model, samples.images, samples.labels, [0, 3], config, seed=5) for _ in range(2))
+    first, again = (look(model, few_digits.images, few_digits.labels, [0, 3], config, seed=5) for _ in range(2))
     assert torch.equal(first[0].numbers, again[0].numbers)
     other = look(
-        frozen(tiny_model(size=32, classes=10, seed=1)), samples.images, samples.labels, [0, 3], config, seed=5
+        frozen(tiny_model(size=32, classes=10, seed=1)), few_digits.images, few_digits.labels, [0, 3], config, seed=5
     )
     assert not torch.equal(first[0].numbers, other[0].numbers)
 
@@ -294,7 +283,7 @@ def seen(treated, left, *, reference=True, targets=None, sizes=(1.0, 4.0, 4.2)):
         [found(list(sizes), targets=targets)], [found([4.0] * len(sizes), targets=targets)] if reference else None
     )
     after = [found([4.0] * len(treated), targets=treated)] if treated else []
-    evidence = Evidence(scan, treated, after, left, 2.2)
+    evidence = Evidence(scan, treated, after, left, 2.2, 3.0)
     model = fake_run.repair().model
     return fake_run.removal(
         found=Repair(model, "erasure", "smi", {"defense": "erasure"}, {"loss": [1.0]}, evidence=evidence)
@@ -320,6 +309,12 @@ def test_the_first_line_is_a_decision_with_its_reason(treated, left, words):
     assert "Is there a backdoor?" in page
     assert ("The triggers that were found" in page) == bool(treated)
     json.dumps(run.summary(), default=str)
+
+
+def test_no_signs_are_claimed_where_a_class_was_named():
+    said = removal_verdict(seen([1], []))
+    assert said.startswith("No class is reached unusually easily")
+    assert "signs" not in said
 
 
 def test_without_a_student_none_is_spoken_of():

@@ -64,7 +64,7 @@ class Erasure(Defense):
         check_number("others", self.others, low=0)
 
     def _repair(self, model: nn.Module, samples: Samples, public: PublicImages | None, seed: int) -> Repair:
-        repaired, rng = copy.deepcopy(model).eval(), stream(seed, "erasure")
+        repaired, rng = copy.deepcopy(model).eval().requires_grad_(True), stream(seed, "erasure")
         head = head_of(repaired, samples.images[:2])  # raises before any work where there is none
         kept = current().once("scan", rng, lambda: self.scan(model, samples, public, seed=seed).tensors())
         scan = Scan.restored(self.search.families, kept)
@@ -82,7 +82,7 @@ class Erasure(Defense):
             found = look(frozen(repaired), samples.images, samples.labels, treated, self.search, seed=seed)
             erased = self._unusual(scan, found, treated)
             left = sorted({target for one in erased for target in one.targets.tolist()})
-        evidence = Evidence(scan, treated, found if treated else [], left, self.unusual)
+        evidence = Evidence(scan, treated, found if treated else [], left, self.unusual, self.others)
         log = {"loss": curve, "treated": treated, "left": left, "scan": scan.record()}
         if treated:
             log["excess_after"] = evidence.excess_after()

@@ -45,7 +45,7 @@ def _stamped(one: Found, images: Tensor, device: torch.device) -> Tensor:
 
 
 def _by_class(model: nn.Module, stamped: Tensor, shift: Tensor, labels: Tensor) -> Tensor:
-
+    """The mean shift of each class of which enough images are moved."""
     moved = predict(model, stamped).argmax(1) != labels
     rows = [shift[:0]]
     for label in labels.unique():

@@ -168,7 +168,8 @@ class Evidence:
         treated: Classes whose triggers were erased, or `ANYWHERE` alone; none where nothing was unusual.
         after: Triggers of those classes on the repaired model; empty for none.
         left: Treated classes that are still reached unusually easily.
-        limit: Excess from which a class counts as that.
+        limit: Excess from which the most unusual class counts as that.
+        others: The same for further classes.
     """
 
     scan: Scan
@@ -176,6 +177,7 @@ class Evidence:
     after: list[Found]
     left: list[int]
     limit: float
+    others: float
 
     def excess_after(self) -> list[float]:
         """The largest excess in any family that each of the treated classes has on the repaired model."""
