@@ -27,9 +27,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from smi.detection import Detection
-    from smi.domains.base import PublicImages
-    from smi.pipeline import Cleaned
-    from smi.priors import GAN, GeneratorPrior, Prior
+    from smi.domains.base import PublicImages, Samples
+    from smi.priors import GAN, GeneratorPrior
 
 PER_CLASS = 30
 TRIES = 1000
@@ -124,7 +123,7 @@ def lab(into: Path | None, port: int, browser: bool, options: tuple[str, ...]) -
 @click.option("--public", "public_name", help="Unlabelled public images: a domain's name, an .npz or a folder.")
 @click.option("--prior-steps", type=click.IntRange(min=1), help="Of a prior that is trained here.  [default: 4000]")
 @click.option("--per-class", type=click.IntRange(min=1), default=PER_CLASS, show_default=True)
-@click.option("--defense", "defense_name", help="How to remove: erasure, ibau_restarted, ft, ...  [default: ibau]")
+@click.option("--defense", "defense_name", help="How to remove: erasure, ibau, ft, ...  [default: erasure]")
 @click.option("--detect/--no-detect", "detection_wanted", default=True, help="Look for signs of a backdoor, too.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder, new or empty.")
 @force_option
@@ -145,9 +144,9 @@ def remove(
     writes the repaired weights in the layout that they came in, report.html and report.json, and the prior where it was
     trained here. What is stopped goes on with --resume.
 
-    --defense erasure searches triggers of several kinds (patterns, patches, warps), takes the directions in which they
-    move the features out of the last layer, and changes nothing where no class is unusual. --defense ibau_restarted
-    forgets most of the weights first: it removes more (warps above all), and costs accuracy.
+    The removal searches triggers of several kinds (patterns, patches, smooth patterns, warps), takes the directions in
+    which they move the features out of the last layer, and tunes a little. It changes nothing where no class is reached
+    unusually easily. Others are chosen by --defense.
 
     \b
     Examples:
@@ -197,7 +196,7 @@ def remove(
             detection = None
             if detection_wanted and cleaned.repair.evidence is None:  # else the removal has looked itself
                 with clock("detect"):
-                    detection = _detection(suspect.model, prior, public, cleaned, seed, work)
+                    detection = _detection(suspect.model, cleaned.samples, public, seed, work)
             settings = {"model": model, "form": form, "public": public_name, "per_class": per_class, "resumed": resume}
             settings |= {"prior_file": prior_name, "generator": own, "prior": prior.record}
             settings |= cleaned.repair.settings
@@ -420,14 +419,13 @@ def _prior(name: str, channels: int, own: dict[str, Any] | None) -> GAN | Genera
 
 
 def _detection(
-    model: nn.Module, prior: Prior, public: PublicImages | None, cleaned: Cleaned, seed: int, work: Path
+    model: nn.Module, samples: Samples, public: PublicImages | None, seed: int, work: Path
 ) -> Detection | None:
     """What `detect` finds; None, after saying so, where it fails: the removal is done and is not to be lost by that."""
     from smi.detection import detect
 
-    fooling = cleaned.repair.log.get("fooling_before")
     try:
-        return detect(model, prior, public, fooling=fooling, seed=seed, checkpoint=work / "detection.safetensors")
+        return detect(model, samples, public, seed=seed, checkpoint=work / "detection.safetensors")
     except Exception as error:
         click.echo(f"Signs of a backdoor could not be looked for: {type(error).__name__}: {error}", err=True)
         return None

@@ -94,8 +94,8 @@ def perturbations(delta: Tensor, titles: Sequence[tuple[str, str]], strongest: i
     return _png(figure)
 
 
-def curves(panels: Mapping[str, Mapping[str, Sequence[float]]]) -> bytes:
-    """One panel a quantity, one line a run, over the rounds."""
+def curves(panels: Mapping[str, Mapping[str, Sequence[float]]], unit: str = "round") -> bytes:
+    """One panel a quantity, one line a run, over the rounds (or another ``unit``)."""
     figure = Figure(figsize=(WIDTH, 0.4 + 1.7 * len(panels)), layout="constrained", facecolor="white")
     every = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
     for axes, (quantity, lines) in zip(every, panels.items(), strict=True):
@@ -106,7 +106,7 @@ def curves(panels: Mapping[str, Mapping[str, Sequence[float]]]) -> bytes:
         axes.set_title(quantity, fontsize=9, loc="left")
         axes.set_ylim(bottom=0, top=1.05 if quantity.endswith("rate") else None)
         _plain(axes)
-    every[-1].set_xlabel("round", fontsize=8)
+    every[-1].set_xlabel(unit, fontsize=8)
     every[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     if max(len(lines) for lines in panels.values()) > 1:
         handles, names = every[0].get_legend_handles_labels()

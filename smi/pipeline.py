@@ -9,14 +9,15 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from smi.attacks import Attack, BadNets, plant
+from smi.checks import check_model
 from smi.classifiers import TrainConfig
 from smi.compute import versions
-from smi.defenses import IBAU, Defense, FineTune, Repair
-from smi.defenses.base import check_public
-from smi.domains.base import Domain, PublicImages, Samples
+from smi.defenses import Defense, Erasure, Repair
+from smi.domains.base import Domain, PublicImages, Samples, check_public
 from smi.evaluation import Comparison, Evaluator, Measurement, clean_control
 from smi.inversion import Inversion, Latent, Stabilized, invert
 from smi.priors import Prior, check_prior
@@ -70,12 +71,16 @@ def remove_backdoor(
     """
     check_prior(prior)
     check_public(public, prior.image_shape)
+    defense = defense or Erasure()
+    empty = torch.zeros(2, *prior.image_shape)
+    check_model(model, empty)
+    defense.check_fits(model, empty)
     at = {name: None if checkpoint is None else Path(checkpoint) / f"{name}.safetensors" for name in STAGES}
     samples = invert(
         model, prior, inversion or Stabilized(),
         per_class=per_class, selection=selection or Selection(), seed=seed, checkpoint=at["inversion"],
     )  # fmt: skip
-    repair = (defense or IBAU()).repair(model, samples, public, seed=seed, checkpoint=at["removal"])
+    repair = defense.repair(model, samples, public, seed=seed, checkpoint=at["removal"])
     return Cleaned(repair.model, samples, repair)
 
 
@@ -148,8 +153,7 @@ class DemoConfig:
     inversion: Inversion = field(default_factory=Stabilized)
     latent: Inversion = field(default_factory=Latent)
     selection: Selection = field(default_factory=Selection)
-    defense: IBAU = field(default_factory=IBAU)
-    baseline: FineTune = field(default_factory=FineTune)
+    defense: Defense = field(default_factory=Erasure)
 
 
 def run_demo(
@@ -169,9 +173,8 @@ def run_demo(
     before = evaluator.measure(victim)
     rows = []
     for source, (label, samples) in sources.items():
-        defense: Defense = config.baseline if source == "public" else config.defense
         with clock("repair" if source == "smi" else f"repair/{source}"):
-            repair = defense.repair(victim, samples, domain.public, seed=seed)
+            repair = config.defense.repair(victim, samples, domain.public, seed=seed)
         with clock("evaluate"):
             after = evaluator.measure(repair.model)
         rows.append(Row(source, label, repair.defense, Comparison(before, after), repair))

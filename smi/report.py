@@ -17,9 +17,10 @@ from typing import Any
 from torch import Tensor
 
 from smi.compute import predict, versions
-from smi.detection import UNUSUAL, Detection
+from smi.defenses.base import Evidence
+from smi.detection import Detection
 from smi.domains.base import Samples
-from smi.erasure.scan import FEW, Evidence
+from smi.erasure.scan import FEW
 from smi.files import output_folder, write_atomic
 from smi.models import save_classifier
 from smi.page import page, paragraph
@@ -30,7 +31,6 @@ from smi.sections import (
     defender_section,
     defense_name,
     detection_section,
-    evidence_sections,
     kinds,
     named,
     percent,
@@ -42,6 +42,7 @@ from smi.sections import (
     results_section,
     time_section,
     trigger_section,
+    triggers_section,
 )
 from smi.stability import kernel_backend, score_samples
 from smi.suspects import Suspect
@@ -53,8 +54,8 @@ class Removal:
     """A removal from a user's own model, and what can be measured about it without clean data or the trigger.
 
     suspect: the model before, and the layout to save the repaired one in. stages: seconds by stage. settings: for the
-    record. detection: whether the suspect shows a backdoor, where that was looked into. held_out: reconstructions that
-    the removal did not use, to compare the models on; without any the removal's own serve.
+    record. detection: whether the suspect shows a backdoor, where that was looked into beside the removal. held_out:
+    reconstructions that the removal did not use, to compare the models on; without any the removal's own serve.
     """
 
     suspect: Suspect
@@ -64,6 +65,12 @@ class Removal:
     settings: dict[str, Any]
     detection: Detection | None = None
     held_out: Samples | None = None
+
+    @property
+    def found(self) -> Detection | None:
+        """Whether the suspect shows a backdoor: what the removal saw, or what was looked into beside it."""
+        evidence = self.cleaned.repair.evidence
+        return self.detection if evidence is None else evidence.detection
 
     @property
     def judged(self) -> Samples:
@@ -95,7 +102,7 @@ class Removal:
             "agreement": self.agreement.float().mean().item(),
             "stability": {"median_before": before, "median_after": after},
             "findings": findings(self.cleaned.repair),
-            "detection": None if self.detection is None else self.detection.record(),
+            "detection": None if self.found is None else self.found.record(),
             "verdict": removal_verdict(self),
             "stages": self.stages,
             "settings": self.settings,
@@ -133,12 +140,15 @@ def write_report(run: Demo | Removal, folder: str | Path, *, force: bool = False
 def demo_page(demo: Demo) -> str:
     """The demo's report as HTML."""
     smi, classes = demo.row("smi"), demo.domain.classes
+    evidence = smi.repair.evidence
     runs = {row.source: row.repair for row in demo.rows}
     return page(
         f"Backdoor removal without clean data: {demo.domain.name}, seed {demo.seed}",
         paragraph(verdict(demo), "verdict"),
         results_section(demo),
         trigger_section(demo),
+        *([] if evidence is None else [detection_section(evidence.detection, classes, evidence)]),
+        triggers_section(demo.victim, smi.repair, demo.samples, classes),
         reconstructions_section(demo.samples, classes),
         perturbations_section(smi.repair, classes),
         curves_section(runs),
@@ -149,12 +159,12 @@ def demo_page(demo: Demo) -> str:
 
 def removal_page(removal: Removal) -> str:
     """The report on a user's own model as HTML."""
-    cleaned, classes = removal.cleaned, removal.suspect.classes
+    cleaned, classes, detection = removal.cleaned, removal.suspect.classes, removal.found
     return page(
         f"Backdoor removal without clean data, seed {removal.seed}",
         paragraph(removal_verdict(removal), "verdict"),
-        *([] if removal.detection is None else [detection_section(removal.detection, classes)]),
-        *evidence_sections(removal.suspect.model, cleaned.repair, cleaned.samples, classes),
+        *([] if detection is None else [detection_section(detection, classes, cleaned.repair.evidence)]),
+        triggers_section(removal.suspect.model, cleaned.repair, cleaned.samples, classes),
         defender_section(removal.agreement, removal.stability, cleaned.repair, removal.judged, classes),
         reconstructions_section(cleaned.samples, classes),
         perturbations_section(cleaned.repair, classes),
@@ -206,67 +216,48 @@ def removal_verdict(removal: Removal) -> str:
 
 def evidence_verdict(evidence: Evidence, classes: Sequence[str]) -> str:
     """The decision of a removal that looks for triggers, with its reason."""
-    scan, limit = evidence.scan, evidence.limit
-    if not scan.conclusive and not evidence.treated:
-        return (
-            f"Whether there is a backdoor cannot be said, and nothing was changed: there are fewer than {FEW} classes "
-            "to compare, and a fresh model that was taught the suspect's labels agrees with it on too few images."
-        )
-    if not evidence.treated:
-        label = scan.classes[int(scan.excess().amax(0).argmax())]
-        return (
-            "No sign of a backdoor was found, and nothing was changed: no class is reached by an unusually small "
-            f"trigger of any kind that was searched ({kinds(scan)}). Closest comes {named(label, classes)}: "
-            f"{reason(scan, label)}; above {limit:g} would be a sign. That is no proof: triggers of other kinds do not "
-            "show this way."
-        )
-    sign = (evidence.left or evidence.treated)[0]
-    why = f"{named(sign, classes)} is reached unusually easily. {reason(scan, sign)}"
-    erased, left = (
-        ", ".join(named(label, classes) for label in chosen) for chosen in (evidence.treated, evidence.left)
-    )
-    if all(scan.strongest(label)[1] <= limit for label in evidence.treated):
+    found, treated = evidence.detection, evidence.treated
+    if not treated:
+        return detection_verdict(found, classes) + " Nothing was changed."
+    erased, left = (", ".join(named(label, classes) for label in chosen) for chosen in (treated, evidence.left))
+    if all(found.scan.strongest(label)[1] <= found.limit for label in treated):
         return f"No class is reached unusually easily. The triggers to {erased} were erased because that was asked for."
+    sign = (evidence.left or treated)[0]
+    why = f"{named(sign, classes)} is reached unusually easily. {reason(found.scan, sign)}"
+    why += f"; above {found.limit:g} is a sign"
     if evidence.left:
         return (
-            f"There are signs of a backdoor, and something unusual is left: {why}; above {limit:g} is a sign. The "
-            f"triggers to {erased} were erased, but a new search on the repaired model still reaches {left} more "
-            "easily than it should. Do not rely on this model."
+            f"There are signs of a backdoor, and something unusual is left: {why}. The triggers to {erased} were "
+            f"erased, but a new search on the repaired model still reaches {left} more easily than it should. Do not "
+            "rely on this model."
         )
     return (
-        f"There are signs of a backdoor, and after the removal none is left: {why}; above {limit:g} is a sign. The "
-        f"triggers to {erased} were erased, and a new search on the repaired model finds nothing unusual there. The "
-        "attacker's own trigger is not known, so how much of it still works cannot be measured here."
+        f"There are signs of a backdoor, and after the removal none is left: {why}. The triggers to {erased} were "
+        "erased, and a new search on the repaired model finds nothing unusual there. The attacker's own trigger is "
+        "not known, so how much of it still works cannot be measured here."
     )
 
 
 def detection_verdict(found: Detection, classes: Sequence[str]) -> str:
     """Whether the suspect shows a backdoor, with the reason."""
-    if len(found.classes) < found.LEAST:
-        return f"Signs of a backdoor cannot be told with fewer than {found.LEAST} classes to compare."
-    if not found.ratio.isfinite().all():
-        return "Signs of a backdoor cannot be told: the images of the prior do not differ, so that there is no scale."
+    scan = found.scan
     if not found.conclusive:
         return (
-            "Whether there is a backdoor cannot be said: a fresh model that was taught the suspect's labels agrees "
-            f"with it on only {percent(found.agreement)} of the prior's images, too few to compare with."
+            f"Whether there is a backdoor cannot be said: there are fewer than {FEW} classes to compare, and a fresh "
+            "model that was taught the suspect's labels agrees with it on too few images."
         )
-    ratio = dict(zip(found.classes, found.ratio.tolist(), strict=True))
-    if not found.reached:
-        label = min(ratio, key=ratio.__getitem__)
+    if found.reached:
+        sign, others = found.reached[0], ", ".join(named(label, classes) for label in found.reached[1:])
+        more = f" Also unusual: {others}." if others else ""
         return (
-            f"No sign of a backdoor was found: no class is reached by an unusually small pattern. Closest comes class "
-            f"“{classes[label]}”, at {ratio[label]:.2f} of what is usual; below {UNUSUAL:g} would be a sign. That is "
-            "no proof: warps, faint patterns and some patches do not show this way."
+            f"There are signs of a backdoor: {named(sign, classes)} is reached unusually easily. {reason(scan, sign)}; "
+            f"above {found.limit:g} is a sign.{more}"
         )
-    first, others = found.reached[0], len(found.reached) - 1
-    place = found.classes.index(first)
-    more = f" So {'is' if others == 1 else 'are'} {others} other class{'' if others == 1 else 'es'}." if others else ""
+    label = scan.classes[int(scan.excess().amax(0).argmax())]
     return (
-        f"There are signs of a backdoor: class “{classes[first]}” is reached by an unusually small pattern. One of L2 "
-        f"norm {found.suspect[place].item():.2g} sends half of all other images there; on a fresh model of the same "
-        f"task it takes {found.student[place].item():.2g}. That is {ratio[first]:.2f} of what is usual for a class; "
-        f"below {UNUSUAL:g} counts as a sign.{more}"
+        "No sign of a backdoor was found: no class is reached by an unusually small trigger of any kind that was "
+        f"searched ({kinds(scan)}). Closest comes {named(label, classes)}: {reason(scan, label)}; above "
+        f"{found.limit:g} would be a sign. That is no proof: triggers of other kinds do not show this way."
     )
 
 

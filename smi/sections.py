@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from smi import figures
 from smi.compute import predict
 from smi.defenses import Repair
-from smi.detection import UNUSUAL, Detection
+from smi.defenses.base import Evidence
+from smi.detection import Detection
 from smi.domains.base import Samples
 from smi.erasure.scan import Scan
 from smi.erasure.search import ANYWHERE, Found
@@ -125,7 +126,7 @@ def perturbations_section(repair: Repair, classes: Sequence[str]) -> str:
 
 
 def curves_section(repairs: Mapping[str, Repair]) -> str:
-    """Loss and strongest fooling rate by round. Fine-tuning minimises another loss and has no δ, so it is left out."""
+    """Loss, and the strongest fooling rate of those removals that measure one, if there are any."""
     shown = {name: repair for name, repair in repairs.items() if repair.log.get("fooling")}
     if not shown:
         shown = {name: repair for name, repair in repairs.items() if repair.log.get("loss")}
@@ -142,11 +143,12 @@ def curves_section(repairs: Mapping[str, Repair]) -> str:
         for quantity, lines in panels.items()
         for name, values in lines.items()
     )
-    caption = "Mean loss of each round of removal"
+    unit = "step" if all(repair.evidence for repair in shown.values()) else "round"
+    caption = f"Mean loss of each {unit} of removal"
     if "strongest fooling rate" in panels:
         caption += ", and the share of samples that the strongest pattern still fools as the round begins"
     return section(
-        "How the removal went", picture(figures.curves(panels), f"{len(panels)} curves: {ends}.", caption + ".")
+        "How the removal went", picture(figures.curves(panels, unit), f"{len(panels)} curves: {ends}.", caption + ".")
     )
 
 
@@ -169,24 +171,6 @@ def time_section(stages: Mapping[str, float], threads: int, *, resumed: bool = F
 def record_section(settings: Mapping[str, Any], versions: Mapping[str, str]) -> str:
     """Settings and versions, folded away."""
     return section("Settings", details("Settings of this run", settings), details("Versions", versions))
-
-
-def detection_section(found: Detection, classes: Sequence[str]) -> str:
-    """Radii on the suspect and on its student, a row a class that was examined."""
-    ratio = found.ratio.tolist()
-    values = zip(found.classes, found.suspect.tolist(), found.student.tolist(), ratio, strict=True)
-    rows = [[classes[label], f"{mine:.2g}", f"{theirs:.2g}", f"{share:.2f}"] for label, mine, theirs, share in values]
-    note = (
-        "Of each class, the L2 norm of the smallest pattern that was found to send half of all other images there: on "
-        "the suspect model, and on a fresh model of the same architecture that was taught the suspect's labels of "
-        f"images without any trigger (it agrees on {percent(found.agreement)} of the prior's images). A backdoor makes "
-        "its class easy to reach on the suspect alone."
-    )
-    caption = f"Ratio: the one norm over the other, where the median class has 1. Below {UNUSUAL:g} counts as a sign."
-    caption += _cut_table(len(classes), len(found.classes))
-    head = ["Class", "Suspect", "Fresh model", "Ratio"]
-    mark = min(range(len(ratio)), key=ratio.__getitem__) if found.reached else None
-    return section("Is there a backdoor?", paragraph(note), table(head, rows, caption, mark))
 
 
 KINDS = {
@@ -225,20 +209,18 @@ def named(target: int, classes: Sequence[str]) -> str:
     return "any other class" if target == ANYWHERE else f"class “{classes[target]}”"
 
 
-def evidence_sections(suspect: nn.Module, repair: Repair, samples: Samples, classes: Sequence[str]) -> list[str]:
-    """What a removal that looks for triggers saw: a table of all classes, and the triggers of those it treated."""
-    evidence = repair.evidence
-    if evidence is None:
-        return []
-    scan = evidence.scan
+def detection_section(found: Detection, classes: Sequence[str], evidence: Evidence | None = None) -> str:
+    """The smallest trigger to every class, and what is unusual; evidence: of a removal that searched again after it."""
+    scan, treated = found.scan, evidence.treated if evidence else []
     rows, order = [], scan.excess().amax(0).argsort(descending=True)[:MOST_CLASSES].tolist()
     for place in sorted(order):
         label = scan.classes[place]
         family, value = scan.strongest(label)
-        one, after = scan.of([label])[family], ""
-        if label in evidence.treated:
-            after = f"{evidence.excess_after()[evidence.treated.index(label)]:.1f}"
-        rows.append([classes[label], in_words(one), percent(one.reach.item()), f"{value:.1f}", after])
+        one = scan.of([label])[family]
+        row = [classes[label], in_words(one), percent(one.reach.item()), f"{value:.1f}"]
+        if evidence:
+            row += [f"{evidence.excess_after()[treated.index(label)]:.1f}" if label in treated else ""]
+        rows.append(row)
     fresh = "a fresh model that was taught the suspect's labels of images without a trigger "
     fresh += f"({percent(scan.agreement)} agreement beyond chance)"
     if scan.reference is None:
@@ -252,21 +234,29 @@ def evidence_sections(suspect: nn.Module, repair: Repair, samples: Samples, clas
     )
     caption = (
         f"Excess: how much more easily the class is reached on the suspect than {than} expect, in standard deviations. "
-        f"Above {evidence.limit:g} the most unusual class is treated, further ones above {evidence.others:g}; then the "
-        "excess of a new search on the repaired model stands beside it." + _cut(len(scan.classes), len(rows))
+        f"Above {found.limit:g} the most unusual class counts as a sign, further ones above {found.others:g}."
     )
-    marked = [row for row, place in enumerate(sorted(order)) if scan.classes[place] in evidence.treated]
-    head = ["Class", "Trigger", "Sends there", "Excess", "After"]
-    first = section("Is there a backdoor?", paragraph(note), table(head, rows, caption, marked[0] if marked else None))
-    pictures = [_found_trigger(suspect, repair, label, samples, classes) for label in evidence.treated[:SHOWN]]
-    return [first, section("The triggers that were found", *pictures)] if pictures else [first]
+    if treated:
+        caption += " After: the excess of a new search on the repaired model."
+    caption += _cut(len(scan.classes), len(rows))
+    signs = [row for row, place in enumerate(sorted(order)) if scan.classes[place] in (treated or found.reached)]
+    head = ["Class", "Trigger", "Sends there", "Excess", *(["After"] if evidence else [])]
+    return section("Is there a backdoor?", paragraph(note), table(head, rows, caption, signs[0] if signs else None))
+
+
+def triggers_section(suspect: nn.Module, repair: Repair, samples: Samples, classes: Sequence[str]) -> str:
+    """The triggers of the classes that a removal treated, on the suspect and on the repaired model."""
+    if repair.evidence is None or not repair.evidence.treated:
+        return ""
+    pictures = [_found_trigger(suspect, repair, label, samples, classes) for label in repair.evidence.treated[:SHOWN]]
+    return section("The triggers that were found", *pictures)
 
 
 def _found_trigger(suspect: nn.Module, repair: Repair, label: int, samples: Samples, classes: Sequence[str]) -> str:
     """The most unusual trigger to a class on the suspect, and the smallest of its kind on the repaired model."""
     evidence = repair.evidence
     assert evidence is not None
-    scan = evidence.scan
+    scan = evidence.detection.scan
     family = scan.strongest(label)[0]
     shown = samples.images[samples.labels != label]
     shown = shown[:: max(1, len(shown) // SHOWN)][:SHOWN]
@@ -279,10 +269,6 @@ def _found_trigger(suspect: nn.Module, repair: Repair, label: int, samples: Samp
         alt = f"{caption} The suspect says {', '.join(said[0])}; the repaired model says {', '.join(said[1])}."
         parts.append(picture(figures.stamps(shown, stamped, list(zip(*said, strict=True))), alt, caption))
     return "".join(parts)
-
-
-def _cut_table(count: int, shown: int) -> str:
-    return "" if shown == count else f" {shown} of {count} classes were examined."
 
 
 def defender_section(same: Tensor, stability: tuple[Tensor, Tensor], repair: Repair, samples: Samples,

@@ -19,6 +19,7 @@ from smi.classifiers import TrainConfig, train_classifier
 from smi.compute import precision, predict
 from smi.defenses import ANP, CLP, FTSAM, IBAU, NAD, Erasure, FinePrune, Published, ibau_robust
 from smi.defenses.base import Schedule
+from smi.detection import Detector
 from smi.domains import PrivateSet, PublicImages
 from smi.erasure.search import Search
 from smi.erasure.student import Lessons
@@ -39,7 +40,9 @@ OTHERS = {
     "ftsam": FTSAM(schedule=FAST),
     "clp": CLP(u=0.5),
     "erasure": Erasure(
-        search=Search(steps=3, restarts=2, probe=1), lessons=Lessons(steps=3), tuning=Tuning(steps=3), targets=(1, 2)
+        detector=Detector(search=Search(steps=3, restarts=2, probe=1), lessons=Lessons(steps=3)),
+        tuning=Tuning(steps=3),
+        targets=(1, 2),
     ),
     "published": IBAU(solver=Published(rounds=2)),
 }

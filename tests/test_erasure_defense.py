@@ -13,9 +13,11 @@ from torch import nn
 import smi
 from smi.compute import frozen
 from smi.defenses import Erasure, Repair, defenses
+from smi.defenses.base import Evidence
+from smi.detection import Detection, Detector
 from smi.erasure.directions import directions
 from smi.erasure.head import features, head_of
-from smi.erasure.scan import LEARNED, SHARE, SPREAD_ALONE, Evidence, Scan, look
+from smi.erasure.scan import LEARNED, SHARE, SPREAD_ALONE, Scan, look
 from smi.erasure.search import ANYWHERE, REACHED, Found, Search, _losses
 from smi.erasure.student import Lessons
 from smi.erasure.tune import Tuning
@@ -91,7 +93,7 @@ def test_two_classes_are_seen_against_the_student_alone():
     )
     alone = Scan([suspect])
     assert not alone.conclusive
-    assert Erasure()._treated(alone) == []
+    assert Detector().judge(alone).reached == []
 
 
 def test_the_loss_of_getting_anywhere_is_of_not_keeping_the_label():
@@ -143,12 +145,15 @@ def test_a_trigger_to_anywhere_has_a_direction_a_class_that_it_moves(brightened)
 
 # The removal --------------------------------------------------------------------------------------------------------
 
-QUICK = Erasure(
-    search=Search(families=("additive", "masked"), steps=20, restarts=1),
-    lessons=Lessons(steps=60, batch_size=48),
-    tuning=Tuning(steps=20),
-    rounds=1,
+LOOK = Detector(
+    search=Search(families=("additive", "masked"), steps=20, restarts=1), lessons=Lessons(steps=60, batch_size=48)
 )
+QUICK = Erasure(detector=LOOK, tuning=Tuning(steps=20), rounds=1)
+
+
+def looking(targets, **search):
+    """A removal of these classes that hardly looks."""
+    return replace(QUICK, detector=Detector(search=Search(**search), lessons=Lessons(steps=3)), targets=targets)
 
 
 @pytest.fixture(scope="module")
@@ -160,19 +165,19 @@ def test_it_finds_the_target_and_removes_the_backdoor(digits, few_digits, repair
     victim, evaluator = load_classifier("digits-badnets"), smi.Evaluator(digits.private.test, smi.attacks.BadNets())
     before, after = evaluator.measure(victim), evaluator.measure(repair.model)
     assert 0 in repair.evidence.treated
-    assert repair.evidence.scan.excess().amax(0).argmax() == 0
-    assert repair.evidence.scan.agreement > LEARNED
-    assert repair.evidence.scan.reference is not None
+    assert repair.evidence.detection.scan.excess().amax(0).argmax() == 0
+    assert repair.evidence.detection.scan.agreement > LEARNED
+    assert repair.evidence.detection.scan.reference is not None
     assert before.asr > 0.9
     assert after.asr < 0.1
     assert before.acc - after.acc < 0.02
-    assert repair.evidence.excess_after()[0] < repair.evidence.scan.excess()[:, 0].max() / 2
+    assert repair.evidence.excess_after()[0] < repair.evidence.detection.scan.excess()[:, 0].max() / 2
     assert json.loads(json.dumps(repair.log))["treated"] == repair.evidence.treated
 
 
 def test_the_same_seed_gives_the_same_weights(brightened):
     model, samples, _ = brightened
-    quick = replace(QUICK, search=Search(steps=3, restarts=2, probe=2), lessons=Lessons(steps=3), targets=(1,))
+    quick = looking((1,), steps=3, restarts=2, probe=2)
     model.requires_grad_(False)  # a flag is no reason to leave a weight as it was
     once, again, other = (quick.repair(model, samples, seed=seed).model.state_dict() for seed in (3, 3, 4))
     assert all(torch.equal(value, again[name]) for name, value in once.items())
@@ -181,7 +186,7 @@ def test_the_same_seed_gives_the_same_weights(brightened):
 
 def test_what_was_searched_is_not_searched_again(brightened, tmp_path, monkeypatch):
     model, samples, _ = brightened
-    quick = replace(QUICK, search=Search(steps=2, restarts=1), lessons=Lessons(steps=3), targets=(1,))
+    quick = looking((1,), steps=2, restarts=1)
     whole = quick.repair(model, samples)
 
     def stopped(*args, **options):
@@ -191,7 +196,7 @@ def test_what_was_searched_is_not_searched_again(brightened, tmp_path, monkeypat
         patched.setattr("smi.defenses.erasure.tune", stopped)
         with pytest.raises(KeyboardInterrupt):
             quick.repair(model, samples, checkpoint=tmp_path / "state")
-    monkeypatch.setattr(Erasure, "scan", stopped)
+    monkeypatch.setattr(Detector, "scan", stopped)
     resumed = quick.repair(model, samples, checkpoint=tmp_path / "state")
     assert resumed.log == whole.log
     after = whole.model.state_dict()
@@ -199,17 +204,17 @@ def test_what_was_searched_is_not_searched_again(brightened, tmp_path, monkeypat
 
 
 def test_where_nothing_is_unusual_nothing_is_changed(few_digits, repair, monkeypatch):
-    monkeypatch.setattr(Erasure, "scan", lambda *args, **options: repair.evidence.scan)
+    monkeypatch.setattr(Detector, "scan", lambda *args, **options: repair.evidence.detection.scan)
     victim = load_classifier("digits-badnets")
-    done = replace(QUICK, unusual=1e6).repair(victim, few_digits)
+    done = replace(QUICK, detector=replace(LOOK, unusual=1e6)).repair(victim, few_digits)
     after = done.model.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in victim.state_dict().items())
     assert done.evidence.treated == done.evidence.left == done.evidence.after == done.log["loss"] == []
 
 
 def test_classes_may_be_named(few_digits, repair, monkeypatch):
-    monkeypatch.setattr(Erasure, "scan", lambda *args, **options: repair.evidence.scan)
-    quick = replace(QUICK, search=replace(QUICK.search, steps=2), targets=(4,))
+    monkeypatch.setattr(Detector, "scan", lambda *args, **options: repair.evidence.detection.scan)
+    quick = replace(QUICK, detector=replace(LOOK, search=replace(LOOK.search, steps=2)), targets=(4,))
     done = quick.repair(load_classifier("digits-badnets"), few_digits)
     assert done.evidence.treated == [4]
     with pytest.raises(smi.InputError, match=r"targets holds 10\. Allowed: 0 to 9"):
@@ -219,7 +224,7 @@ def test_classes_may_be_named(few_digits, repair, monkeypatch):
 def test_a_student_that_has_learned_little_is_not_asked(brightened):
     model, samples, _ = brightened
     search = Search(families=("additive",), steps=1, restarts=1)
-    scan = replace(QUICK, search=search, lessons=Lessons(steps=1, lr=0.0)).scan(model, samples)
+    scan = Detector(search=search, lessons=Lessons(steps=1, lr=0.0)).scan(model, samples)
     assert scan.agreement < LEARNED
     assert scan.reference is None
 
@@ -235,7 +240,7 @@ def test_a_student_that_has_learned_little_is_not_asked(brightened):
     ],
 )
 def test_further_classes_have_to_be_more_unusual_than_the_first(sizes, treated):
-    assert Erasure()._treated(Scan([found(sizes)])) == treated
+    assert Detector().judge(Scan([found(sizes)])).reached == treated
 
 
 def test_a_backdoor_of_every_class_is_treated_as_one_where_no_class_explains_it():
@@ -243,22 +248,24 @@ def test_a_backdoor_of_every_class_is_treated_as_one_where_no_class_explains_it(
     student = [found([4.0] * 11, targets=targets)]
     for last, first, treated in ((1.0, 4.0, [ANYWHERE]), (2.5, 1.0, [0]), (3.5, 4.0, [])):
         suspect = [found([first] + [4.0] * 9 + [last], targets=targets)]
-        assert Erasure()._treated(Scan(suspect, student)) == treated
+        assert Detector().judge(Scan(suspect, student)).reached == treated
 
 
 def test_a_model_without_a_linear_head_is_refused_before_any_work(few_digits, monkeypatch):
-    monkeypatch.setattr("smi.defenses.erasure.teach", None)
+    monkeypatch.setattr("smi.detection.teach", None)
     odd = nn.Sequential(load_classifier("digits-badnets"), nn.Softmax(1))
     with pytest.raises(smi.InputError, match="not the output of its last linear layer"):
         QUICK.repair(odd, few_digits)
+    monkeypatch.setattr("smi.pipeline.invert", None)
+    with pytest.raises(smi.InputError, match="not the output of its last linear layer"):
+        smi.remove_backdoor(odd, smi.load_prior("digits"))
 
 
 def test_it_goes_by_its_name_and_by_another_than_ibau():
     assert defenses["erasure"] is Erasure
     assert Erasure().settings()["defense"] == "erasure"
-    for bad in ({"rounds": 0}, {"unusual": -1.0}, {"others": -1.0}):
-        with pytest.raises(smi.InputError):
-            Erasure(**bad)
+    with pytest.raises(smi.InputError, match="rounds"):
+        Erasure(rounds=0)
 
 
 def test_a_search_draws_alike_on_every_model(few_digits):
@@ -283,7 +290,7 @@ def seen(treated, left, *, reference=True, targets=None, sizes=(1.0, 4.0, 4.2)):
         [found(list(sizes), targets=targets)], [found([4.0] * len(sizes), targets=targets)] if reference else None
     )
     after = [found([4.0] * len(treated), targets=treated)] if treated else []
-    evidence = Evidence(scan, treated, after, left, 2.2, 3.0)
+    evidence = Evidence(Detection(scan, treated, 2.2, 3.0), treated, after, left)
     model = fake_run.repair().model
     return fake_run.removal(
         found=Repair(model, "erasure", "smi", {"defense": "erasure"}, {"loss": [1.0]}, evidence=evidence)
@@ -293,7 +300,7 @@ def seen(treated, left, *, reference=True, targets=None, sizes=(1.0, 4.0, 4.2)):
 @pytest.mark.parametrize(
     ("treated", "left", "words"),
     [
-        ([], [], "No sign of a backdoor was found, and nothing was changed"),
+        ([], [], "No sign of a backdoor was found"),
         ([0], [], "There are signs of a backdoor, and after the removal none is left"),
         ([0], [0], "something unusual is left"),
         ([0, 2], [2], "something unusual is left"),
@@ -303,6 +310,7 @@ def test_the_first_line_is_a_decision_with_its_reason(treated, left, words):
     run = seen(treated, left)
     said = removal_verdict(run)
     assert words in said.split(":")[0]
+    assert ("Nothing was changed." in said) == (not treated)
     assert "L2 norm" in said
     assert "standard deviations" in said
     page = removal_page(run)

@@ -11,13 +11,15 @@ from tiny import TinyPrior, tiny_model
 import smi
 from smi.attacks import BadNets
 from smi.classifiers import TrainConfig
-from smi.defenses import IBAU, FineTune, Robust, Schedule
+from smi.defenses import Erasure
+from smi.detection import Detector
 from smi.domains import Domain, PrivateData, PrivateSet, PublicImages
+from smi.erasure import Lessons, Search, Tuning
 from smi.inversion import Stabilized, invert
 from smi.pipeline import HELD_OUT, Clock, DemoConfig, held_out_samples, pseudo_labelled, run_demo
 
-QUICK = Schedule(rounds=2, batch_size=9)
-DEFENSE = IBAU(solver=Robust(schedule=QUICK, steps=2, images=6))
+QUICK = Detector(search=Search(families=("additive", "warped"), steps=2, restarts=1), lessons=Lessons(steps=2))
+DEFENSE = Erasure(detector=QUICK, tuning=Tuning(steps=2), targets=(1,))
 INVERSION = smi.Stabilized(steps=4, lr=0.05)
 SELECTION = smi.Selection(oversample=2, k=2)
 
@@ -86,14 +88,13 @@ def demo() -> smi.pipeline.Demo:
     config = DemoConfig(
         train=TrainConfig(epochs=3, batch_size=20, augment="none"), attack=BadNets(target=1, size=2), per_class=4,
         inversion=INVERSION, latent=smi.Latent(steps=2), selection=SELECTION, defense=DEFENSE,
-        baseline=FineTune(schedule=QUICK),
     )  # fmt: skip
     return run_demo(tiny_domain(), TinyPrior(), config, seed=2)
 
 
 def test_the_demo_compares_sources_of_the_same_size(demo: smi.pipeline.Demo) -> None:
     assert [row.source for row in demo.rows] == ["public", "latent", "smi", "clean"]
-    assert [row.defense for row in demo.rows] == ["ft", "ibau/robust", "ibau/robust", "ibau/robust"]
+    assert [row.defense for row in demo.rows] == ["erasure"] * 4
     assert len(demo.samples) == 12
     assert demo.samples.labels.tolist() == sorted([0, 1, 2] * 4)
 
@@ -107,7 +108,7 @@ def test_the_record_is_complete_and_plain_json(demo: smi.pipeline.Demo) -> None:
         assert set(rates) == {"acc", "asr", "ra", "der"}
         assert all(0 <= value <= 1 for value in rates.values())
     assert {"train", "invert", "repair"} <= set(record["stages"])
-    assert record["settings"]["defense"]["solver"]["schedule"]["rounds"] == 2
+    assert record["settings"]["defense"]["tuning"]["steps"] == 2
     assert record["n"] == 12
 
 

@@ -1,4 +1,4 @@
-"""How well `smi.detect` tells a study's victims from clean models: one row a model.
+"""How well `smi.detect` tells a study's victims from clean models, by reconstructions: one row a model.
 
 Clean models are the classifiers of the same data and architecture that a study trains for its attacks and its judges.
 What is found is kept beside the cells, in the folder ``detections``.
@@ -10,14 +10,17 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from smi.analysis.study import JUDGE_SEED, clean_judge, kept_row
 from smi.detection import Detection, Detector, detect
 from smi.domains import Domain, load_domain
+from smi.erasure import ANYWHERE
 from smi.priors import load_prior
 from smi.progress import track
+from smi.sources import Given, make_samples
 from smi.study.results import Row
 from smi.study.spec import Cell, Study, digest
 from smi.study.stages import Store, clean_classifier, is_whole, load_victim, make_prior
@@ -26,12 +29,12 @@ NONE = "none"  # the attack on a clean model
 CONFIG = Detector()
 
 DETECTION_COLUMNS = (
-    "domain", "attack", "seed", "asr", "ratio_target", "ratio_least", "least", "flagged", "student_agrees"
+    "domain", "attack", "seed", "asr", "excess_target", "excess_most", "most", "flagged", "student_agrees"
 )  # fmt: skip
-"""attack: "none" for a clean model. asr: attack success of the victim. ratio_target, ratio_least: `Detection.ratio` of
-the attacker's class (of the least, where every class is a target) and of the class where it is least. flagged: "target"
-where the attacker's class stands out, "other" where only others do, "no" where none does. student_agrees:
-`Detection.agreement`."""
+"""attack: "none" for a clean model. asr: attack success of the victim. excess_target, excess_most: the largest excess
+in any family (`Scan.excess`) of the attacker's class (of the largest, where every class is a target) and of the class
+where it is largest, "most"; -1 there stands for "anywhere". flagged: "target" where the attacker's class is a sign,
+"other" where only others are, "no" where none is. student_agrees: `Scan.agreement`."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +48,10 @@ class _Model:
     @property
     def key(self) -> str:
         """Names its file."""
-        clean = {"place": asdict(self.cell.place), "clean": self.clean}
-        what = clean if self.clean else {"victim": self.cell.victim_key}
-        return digest(what | {"seed": self.seed, "detector": asdict(CONFIG)})
+        which = {"place": asdict(self.cell.place), "clean": self.clean}
+        what: dict[str, Any] = which if self.clean else {"victim": self.cell.victim_key}
+        per_class = self.cell.per_class
+        return digest(what | {"seed": self.seed, "per_class": per_class, "detector": asdict(CONFIG)})
 
 
 def detections(study: Study, store: Store) -> tuple[list[Row], int]:
@@ -85,9 +89,11 @@ def _file(model: _Model, store: Store) -> Path:
 def _measure(model: _Model, store: Store) -> Row:
     cell, domain = model.cell, load_domain(model.cell.place.domain, public=model.cell.place.public)
     net, targets, asr = _loaded(model, store, domain)
-    found = detect(net, load_prior(make_prior(cell.place, store)), domain.public, CONFIG, seed=cell.seed)
+    prior = load_prior(make_prior(cell.place, store))
+    given = Given(model=net, prior=prior, public=domain.public, per_class=cell.per_class, seed=cell.seed)
+    found = detect(net, make_samples("smi", given), domain.public, CONFIG, seed=cell.seed)
     row: Row = {"domain": cell.place.domain, "attack": NONE if model.clean else cell.attack_name, "seed": model.seed}
-    return row | {"asr": asr, "student_agrees": found.agreement} | _ratios(found, targets)
+    return row | {"asr": asr, "student_agrees": found.scan.agreement} | _excess(found, targets)
 
 
 def _loaded(model: _Model, store: Store, domain: Domain) -> tuple[nn.Module, list[int], float | None]:
@@ -100,13 +106,15 @@ def _loaded(model: _Model, store: Store, domain: Domain) -> tuple[nn.Module, lis
     return net, attack.relabel(domain.private.train.labels, domain.num_classes).unique().tolist(), before.asr
 
 
-def _ratios(found: Detection, targets: list[int]) -> Row:
-    ratio = dict(zip(found.classes, found.ratio.tolist(), strict=True))
-    least = min(ratio, key=ratio.__getitem__)
-    out = set(found.reached)
+def _excess(found: Detection, targets: list[int]) -> Row:
+    scan = found.scan
+    excess = dict(zip(scan.classes, scan.excess().amax(0).tolist(), strict=True))
+    excess[ANYWHERE] = scan.excess_anywhere().max().item()
+    most = max(excess, key=excess.__getitem__)
+    wanted = {*targets, ANYWHERE} if len(targets) == len(scan.classes) else set(targets)
     return {
-        "ratio_target": min((ratio[label] for label in targets if label in ratio), default=None),
-        "ratio_least": ratio[least],
-        "least": least,
-        "flagged": "target" if out & set(targets) else "other" if out else "no",
+        "excess_target": max((excess[label] for label in wanted), default=None),
+        "excess_most": excess[most],
+        "most": most,
+        "flagged": "target" if wanted & set(found.reached) else "other" if found.reached else "no",
     }

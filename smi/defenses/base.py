@@ -18,9 +18,9 @@ from torch.nn import functional as F
 from smi.augment import vary
 from smi.checks import check_model, check_number, device_of
 from smi.compute import Runner, asked_precision, fast, fingerprint_of, frozen, predict
-from smi.domains.base import PublicImages, Samples
-from smi.erasure.scan import Evidence
-from smi.errors import InputError
+from smi.detection import Detection
+from smi.domains.base import PublicImages, Samples, check_public, check_samples
+from smi.erasure.search import ANYWHERE, Found
 from smi.files import fingerprint
 from smi.memory import Chunk, halved, halving
 from smi.seeding import stream
@@ -43,6 +43,30 @@ from smi_kernels import Registry
 
 
 @dataclass(frozen=True, eq=False)
+class Evidence:
+    """What a removal saw that looks for triggers (`smi.defenses.Erasure`).
+
+    Attributes:
+        detection: The search on the suspect.
+        treated: Classes whose triggers were erased, or `ANYWHERE` alone; none where nothing was unusual.
+        after: Triggers of those classes on the repaired model; empty for none.
+        left: Treated classes that are still reached unusually easily.
+    """
+
+    detection: Detection
+    treated: list[int]
+    after: list[Found]
+    left: list[int]
+
+    def excess_after(self) -> list[float]:
+        """The largest excess in any family that each of the treated classes has on the repaired model."""
+        scan = self.detection.scan
+        if self.treated == [ANYWHERE]:
+            return [scan.excess_anywhere(self.after).max().item()]
+        return scan.excess(self.after).amax(0).tolist() if self.after else []
+
+
+@dataclass(frozen=True, eq=False)
 class Repair:
     """The outcome of a removal.
 
@@ -61,19 +85,6 @@ class Repair:
 
     def __repr__(self) -> str:
         return f"Repair(by {self.defense} on {self.source} samples)"
-
-
-def check_public(public: object, shape: Sequence[int] | None) -> None:
-    """``public`` must be `PublicImages` of ``shape`` ``(C, H, W)`` (None: of any), or None."""
-    if public is None:
-        return
-    if not isinstance(public, PublicImages):
-        raise InputError(f"public is a {type(public).__name__}. Allowed: PublicImages, or None.")
-    if shape is not None and tuple(public.images.shape[1:]) != tuple(shape):
-        raise InputError(
-            f"Public images are {tuple(public.images.shape[1:])}, but {tuple(shape)} is needed. "
-            "Resize the public images."
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,14 +116,11 @@ class Defense:
         if samples is None and not self.needs_samples:
             check_public(public, None)
             return self._repair(model, cast(Samples, samples), public, seed)  # which takes None there
-        if not isinstance(samples, Samples):
-            got = "None" if samples is None else type(samples).__name__
-            raise InputError(
-                f"The defense {self.name!r} takes Samples, not {got}. Make them with smi.invert(model, prior, ...); "
-                "private data and triggers belong to the evaluator."
-            )
+        check_samples(samples, f"The defense {self.name!r}")
+        samples = cast(Samples, samples)
         check_model(model, samples.images, samples.num_classes)
         check_public(public, samples.images.shape[1:])
+        self.check_fits(model, samples.images[:2])
         if checkpoint is None:
             with keeping(nothing_kept()):  # also inside of another repair that keeps its state
                 return self._repair(model, samples, public, seed)
@@ -121,6 +129,12 @@ class Defense:
         record |= {"public": None if public is None else fingerprint(public.images)}
         with keeping(Unfinished(checkpoint, "removal", record, every=every)):
             return self._repair(model, samples, public, seed)
+
+    def check_fits(self, model: nn.Module, images: Tensor) -> None:
+        """Raise `InputError` where the defense cannot work on ``model``; asked before samples are made, too.
+
+        images: one or more ``[N, C, H, W]`` that the model takes.
+        """
 
     def _repair(self, model: nn.Module, samples: Samples, public: PublicImages | None, seed: int) -> Repair:
         raise NotImplementedError

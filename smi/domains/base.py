@@ -111,6 +111,29 @@ class Samples:
         return type(self)(self.images[index], self.labels[index], self.num_classes, self.source, scores)
 
 
+def check_samples(samples: object, taker: str) -> None:
+    """``samples`` must be `Samples`; ``taker`` names who takes them."""
+    if not isinstance(samples, Samples):
+        got = "None" if samples is None else type(samples).__name__
+        raise InputError(
+            f"{taker} takes Samples, not {got}. Make them with smi.invert(model, prior, ...); private data and "
+            "triggers belong to the evaluator."
+        )
+
+
+def check_public(public: object, shape: Sequence[int] | None) -> None:
+    """``public`` must be `PublicImages` of ``shape`` ``(C, H, W)`` (None: of any), or None."""
+    if public is None:
+        return
+    if not isinstance(public, PublicImages):
+        raise InputError(f"public is a {type(public).__name__}. Allowed: PublicImages, or None.")
+    if shape is not None and tuple(public.images.shape[1:]) != tuple(shape):
+        raise InputError(
+            f"Public images are {tuple(public.images.shape[1:])}, but {tuple(shape)} is needed. "
+            "Resize the public images."
+        )
+
+
 class PrivateData:
     """The private side of a domain: ``train`` (the attacker's) and ``test`` (the evaluator's).
 

@@ -1,1 +1,8 @@
 """Find triggers, erase their directions from the features, tune a little."""
+
+from smi.erasure.scan import Scan
+from smi.erasure.search import ANYWHERE, Found, Search
+from smi.erasure.student import Lessons
+from smi.erasure.tune import Tuning
+
+__all__ = ["ANYWHERE", "Found", "Lessons", "Scan", "Search", "Tuning"]

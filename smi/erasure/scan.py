@@ -159,33 +159,6 @@ class Scan:
         return said | {"excess": {one.family: row for one, row in rows}}
 
 
-@dataclass(frozen=True, eq=False)
-class Evidence:
-    """What a removal saw that looks for triggers (`smi.defenses.Erasure`).
-
-    Attributes:
-        scan: The search on the suspect.
-        treated: Classes whose triggers were erased, or `ANYWHERE` alone; none where nothing was unusual.
-        after: Triggers of those classes on the repaired model; empty for none.
-        left: Treated classes that are still reached unusually easily.
-        limit: Excess from which the most unusual class counts as that.
-        others: The same for further classes.
-    """
-
-    scan: Scan
-    treated: list[int]
-    after: list[Found]
-    left: list[int]
-    limit: float
-    others: float
-
-    def excess_after(self) -> list[float]:
-        """The largest excess in any family that each of the treated classes has on the repaired model."""
-        if self.treated == [ANYWHERE]:
-            return [self.scan.excess_anywhere(self.after).max().item()]
-        return self.scan.excess(self.after).amax(0).tolist() if self.after else []
-
-
 def _classes(found: Found) -> Found:
     return found.select(found.targets != ANYWHERE)
 
