@@ -23,6 +23,7 @@ from smi.files import fingerprint
 from smi.seeding import stream
 from smi.unfinished import Unfinished
 
+PROMISING = LEARNED / 3  # agreement after a quarter of the lessons, from which the others are worth while
 TAUGHT = 0.7  # of the samples are shown to the student; on the others one sees what it has learned
 
 
@@ -51,10 +52,18 @@ class Detector:
         suspect, rng = frozen(model), stream(seed, "student")
         order = torch.randperm(len(samples), generator=rng)
         shown, others = order.tensor_split([round(TAUGHT * len(order))])
-        student = teach(suspect, _pictures(samples.images[shown], public, rng), self.lessons, seed=seed)
-        said = [predict(one, samples.images[others]).argmax(1) for one in (suspect, student)]
-        chance = 1 / samples.num_classes
-        agreement = max(0.0, ((said[0] == said[1]).float().mean().item() - chance) / (1 - chance))
+        said = predict(suspect, samples.images[others]).argmax(1)
+
+        def agrees(one: nn.Module) -> float:
+            same = (predict(one, samples.images[others]).argmax(1) == said).float().mean().item()
+            return max(0.0, (same * samples.num_classes - 1) / (samples.num_classes - 1))
+
+        def promising(one: nn.Module) -> bool:
+            return agrees(one) >= PROMISING
+
+        pictures = _pictures(samples.images[shown], public, rng)
+        student = teach(suspect, pictures, self.lessons, goes_on=promising, seed=seed)
+        agreement = agrees(student)
         classes = [*range(samples.num_classes), ANYWHERE]
 
         def looked(one: nn.Module) -> list[Found]:

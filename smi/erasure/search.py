@@ -24,6 +24,7 @@ ANYWHERE = -1  # as a target: any class but the image's own
 CERTAIN = 0.2  # nats: nine of ten images are in the class
 REACHED = 0.3  # share of the images that a trigger must send away, or it says nothing of a backdoor
 PROBED = 32  # images on which restarts are compared
+TOGETHER = 256  # images in a pass on a CPU, where more take memory and are no faster
 HELD = 0.3  # of the images, on which triggers are tried and not searched
 
 
@@ -144,7 +145,8 @@ class _Task:
         family, device = families[self.name], self.images.device
         numbers, targets = start.clone().to(device).requires_grad_(), targets.to(device)
         optimizer = torch.optim.Adam([numbers], family.rate, betas=(0.5, 0.9))
-        chunk = Chunk(len(targets))
+        together = TOGETHER // self.config.images if device.type == "cpu" else len(targets)
+        chunk = Chunk(max(1, together))
         for step in steps:
             for group in optimizer.param_groups:
                 group["lr"] = family.rate * (1.0 if 2 * step < self.config.steps else 0.3)  # the last steps settle

@@ -47,13 +47,21 @@ class Lessons:
         check_number("lr", self.lr, low=0)
 
 
-def teach(suspect: nn.Module, draw: Draw, lessons: Lessons = Lessons(), *, seed: int = 0) -> nn.Module:
+def teach(
+    suspect: nn.Module,
+    draw: Draw,
+    lessons: Lessons = Lessons(),
+    *,
+    goes_on: Callable[[nn.Module], bool] = lambda student: True,
+    seed: int = 0,
+) -> nn.Module:
     """The student, in eval mode. Only labels that the suspect gives to an image and to its variation are taught.
 
     Args:
         suspect: The model that is asked, frozen.
         draw: See `Draw`.
         lessons: See `Lessons`.
+        goes_on: Asked after a quarter of the steps, with the student, whether more are worth while.
         seed: Of its first weights, of the variations and of dropout.
     """
     with _seeded(seed, "fresh", device_of(suspect)):
@@ -63,7 +71,9 @@ def teach(suspect: nn.Module, draw: Draw, lessons: Lessons = Lessons(), *, seed:
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, lessons.steps)
     student.train()
     with fast(student) as run, fast(suspect) as ask, _seeded(seed, "dropout", device_of(suspect)):
-        for _ in track(range(lessons.steps), "teaching a student"):
+        for step in track(range(lessons.steps), "teaching a student"):
+            if step == lessons.steps // 4 and not goes_on(student):
+                break
             plain = draw(lessons.batch_size).to(device_of(suspect))
             varied = vary(plain, rng)
             with torch.no_grad():
