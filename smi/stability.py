@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,20 +89,35 @@ def select_stable(
     >>> select_stable(suspect, candidates, per_class=2)
     Samples(20 latent images of 10 classes, (1, 32, 32))
     """
+    classes = range(candidates.num_classes)
+    index, scores = most_stable(model, candidates, per_class, selection, classes, seed=seed)
+    chosen = candidates.select(index)
+    return Samples(chosen.images, chosen.labels, chosen.num_classes, chosen.source, scores)
+
+
+def most_stable(
+    model: nn.Module,
+    candidates: Samples,
+    per_class: int,
+    selection: Selection,
+    classes: Iterable[int],
+    *,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Positions ``[N]`` of what `select_stable` keeps of these classes, class by class, and their scores."""
     scores = score_samples(model, candidates, selection, seed=seed)
     wrong = predict(model, candidates.images).argmax(1) != candidates.labels
     rank = scores + wrong * (scores.max() - scores.min() + 1)
     embedded = features(model, candidates.images)
     kept = []
-    for label in range(candidates.num_classes):
+    for label in classes:
         of_class = (candidates.labels == label).nonzero()[:, 0]
         if len(of_class) < per_class:
             raise InputError(f"Class {label} has {len(of_class)} candidates; {per_class} are to be kept. Make more.")
         order = of_class[rank[of_class].argsort(stable=True)]
         kept.append(order[_spread(embedded[order], per_class, selection.diversity)])
     index = torch.cat(kept)
-    chosen = candidates.select(index)
-    return Samples(chosen.images, chosen.labels, chosen.num_classes, chosen.source, scores[index])
+    return index, scores[index]
 
 
 def features(model: nn.Module, images: Tensor, *, batch_size: int = 512) -> Tensor:

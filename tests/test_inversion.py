@@ -8,13 +8,17 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from smi.compute import precision
+from smi.domains import Samples
 from smi.errors import InputError
 from smi.inversion import DeepInversion, Latent, Pixel, Stabilized, inversions, invert, stabilized
+from smi.inversion.base import Task
 from smi.inversion.deepinversion import statistics_gap
 from smi.inversion.latent import CLEAR
 from smi.inversion.perturbation import worst_input, worst_parameters
 from smi.inversion.pixel import total_variation
-from smi.stability import Selection
+from smi.seeding import stream
+from smi.stability import Selection, score_samples
 
 STEPS = {"steps": 4, "lr": 0.1}
 METHODS = [
@@ -84,6 +88,36 @@ def test_selection_makes_more_candidates_and_keeps_the_most_stable():
     rows = {image.numpy().tobytes() for image in everything.images}
     assert all(image.numpy().tobytes() in rows for image in samples.images)
     assert same_state(before, state_of(model))
+
+
+def test_the_most_stable_are_chosen_when_the_class_is_found_and_they_alone_are_stabilised(monkeypatch):
+    model, prior, sizes = tiny_model(), TinyPrior(), []
+    method, selection = Stabilized(steps=6, warmup=0.5), Selection(oversample=3, k=4, diversity=0)
+    real = Stabilized.objective
+
+    def objective(self, images, variable, task):
+        sizes.append(len(images))
+        return real(self, images, variable, task)
+
+    monkeypatch.setattr(Stabilized, "objective", objective)
+    with precision("float32"):
+        samples = invert(model, prior, method, per_class=2, selection=selection)
+    assert sizes == [6, 6, 6, 2, 2, 2] * 3
+    assert samples.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    # By hand: six candidates of the first class at the end of the warm-up, the two most stable of them, three steps.
+    task = Task(model, runner(model), prior, torch.zeros(6, dtype=torch.int64), stream(0, "invert/0"))
+    kept = []
+
+    def choose(images, labels):
+        kept[:] = score_samples(model, Samples(images, labels, 3, "smi"), selection).argsort()[:2].tolist()
+        return torch.tensor(kept)
+
+    task.choose = choose
+    by_hand = method.optimise(task)
+    assert sorted(kept) != [0, 1]
+    difference = (by_hand[:, None] - samples.images[None, :2]).abs().amax((2, 3, 4))
+    assert (difference.amin(1) < 1e-4).all()
+    assert (difference.amax(1) > 1e-2).all()
 
 
 def test_methods_go_by_name():

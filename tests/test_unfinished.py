@@ -19,6 +19,7 @@ from smi.errors import InputError
 from smi.interrupts import Stopped, stoppable
 from smi.inversion import DeepInversion, Latent, Pixel, Stabilized, invert
 from smi.priors import GeneratorPrior
+from smi.stability import Selection
 from smi.suspects import Adapted
 from smi.unfinished import Unfinished, keeping, workplace
 
@@ -54,7 +55,8 @@ def stop_at(monkeypatch, method, call):
 
 
 def reconstruct(method, checkpoint=None):
-    return invert(tiny_model(), TinyPrior(), method, per_class=3, seed=4, checkpoint=checkpoint)
+    selection = Selection(oversample=2, k=2) if method.name == "smi" else None  # which it chooses on the way
+    return invert(tiny_model(), TinyPrior(), method, per_class=3, selection=selection, seed=4, checkpoint=checkpoint)
 
 
 @pytest.mark.parametrize("name", METHODS)

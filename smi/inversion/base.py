@@ -6,6 +6,8 @@ together by Adam so that the images they stand for are classified as y.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import cast
@@ -21,7 +23,7 @@ from smi.memory import Chunk, halving
 from smi.priors import Prior, check_prior
 from smi.progress import track
 from smi.seeding import stream
-from smi.stability import Selection, select_stable
+from smi.stability import Selection, most_stable, select_stable
 from smi.unfinished import EVERY, AfterStep, Tensors, Unfinished, named, optimizer_state, part, restore_optimizer
 from smi_kernels import Registry
 
@@ -36,6 +38,8 @@ class Task:
     labels: Tensor
     rng: torch.Generator
     progress: float = 0.0
+    choose: Callable[[Tensor, Tensor], Tensor] | None = None
+    """Says which of some candidates, images ``[N, C, H, W]`` and labels, go on once they can be told apart."""
     after_step: AfterStep = lambda state: None
     left: Tensors = field(default_factory=dict)
     """What a search that was stopped left behind; empty where it begins."""
@@ -81,16 +85,27 @@ class Inversion:
     def project(self, variable: Tensor) -> None:
         """Bring the variable back to its feasible set, in place, after a step."""
 
+    @property
+    def settled(self) -> int:
+        """Steps after which candidates can be told apart, and only chosen ones go on; by default all go to the end."""
+        return self.steps
+
     def optimise(self, task: Task) -> Tensor:
-        """The loop. Returns images ``[N, C, H, W]``, detached, on the CPU."""
+        """The loop. Returns images ``[N, C, H, W]``, detached, on the CPU; fewer than labels where some were chosen."""
         left = task.left
         variable = (left["variable"] if left else self.start(task)).to(task.labels.device).requires_grad_()
+        task.labels = task.labels[: len(variable)]  # of one class, where candidates were chosen before
         optimizer = torch.optim.Adam([variable], self.lr)
         if left:
             restore_optimizer(optimizer, part("optimizer", left))
             task.rng.set_state(left["rng"])
         for step in range(int(left.get("steps", 0)), self.steps):
             task.progress = step / self.steps
+            if step == self.settled and task.choose is not None:
+                with torch.no_grad():
+                    kept = task.choose(self.render(variable, task).clamp(0, 1), task.labels)
+                variable, task.labels = variable.detach()[kept].requires_grad_(), task.labels[kept]
+                optimizer = torch.optim.Adam([variable], self.lr)
             loss = self.objective(self.render(variable, task), variable, task)
             optimizer.zero_grad()
             loss.backward()
@@ -98,7 +113,8 @@ class Inversion:
             with torch.no_grad():
                 self.project(variable)
             done = {"steps": torch.tensor(step + 1), "rng": task.rng.get_state(), "variable": variable}
-            task.after_step(lambda done=done: done | named("optimizer", optimizer_state(optimizer)))  # type: ignore[misc]
+            adam = optimizer
+            task.after_step(lambda done=done, adam=adam: done | named("optimizer", optimizer_state(adam)))  # type: ignore[misc]
         with torch.no_grad():
             return self.render(variable, task).clamp(0, 1).cpu()
 
@@ -123,11 +139,11 @@ def invert(
     """Reconstruct ``per_class`` images of every class of the suspect model, without any in-distribution data.
 
     model: images in [0, 1] to logits. prior: a generator of public images; the pixel methods use its image shape
-    only. selection: ``selection.oversample`` times as many candidates are made and the most stable ones kept; None
-    keeps what the inversion gave, unscored. classes: the class count, checked where given. checkpoint: a file for the
-    state, written every ``every`` seconds and before Ctrl-C and SIGTERM end the work; where it exists, the inversion
-    goes on from it, to the same images. Returns `Samples`, class by class, source ``method.name``. Raises `InputError`
-    before any work where model, prior and class count do not fit together.
+    only. selection: ``selection.oversample`` times as many candidates are made and the most stable ones kept, as soon
+    as the method has `settled` them; None keeps what the inversion gave, unscored. classes: the class count, checked
+    where given. checkpoint: a file for the state, written every ``every`` seconds and before Ctrl-C and SIGTERM end the
+    work; where it exists, the inversion goes on from it, to the same images. Returns `Samples`, class by class, source
+    ``method.name``. Raises `InputError` before any work where model, prior and class count do not fit together.
 
     >>> import smi
     >>> suspect, prior = smi.load_classifier("digits-badnets"), smi.load_prior("digits")
@@ -145,39 +161,56 @@ def invert(
     count = per_class * (1 if selection is None else selection.oversample)
     batches = _batches(num_classes, count, joint=method.joint)
     record = {"method": method.name} | asdict(method) | {"count": count, "seed": seed, "precision": asked_precision()}
+    record |= {"selection": None if selection is None else asdict(selection)}
     if checkpoint is not None:
         record |= {"model": fingerprint_of(model), "prior": fingerprint_of(prior)}
     unfinished = Unfinished(checkpoint, "inversion", record, every=every)
-    images = [value for _, value in sorted(part("images", unfinished.tensors).items(), key=lambda item: int(item[0]))]
+    images, labels = (_in_order(part(name, unfinished.tensors)) for name in ("images", "labels"))
     search = part("search", unfinished.tensors)
+    done = int(unfinished.tensors.get("done", 0))  # candidates; of some only those that were chosen are left
 
     chunk = Chunk(int(unfinished.tensors.get("chunk", max(map(len, batches)))))
 
     def so_far() -> Tensors:
-        done = {f"images.{index}": done for index, done in enumerate(images)}
-        return done | {"chunk": torch.tensor(chunk.size)}
+        found = {f"images.{index}": one for index, one in enumerate(images)}
+        found |= {f"labels.{index}": one for index, one in enumerate(labels)}
+        return found | {"chunk": torch.tensor(chunk.size), "done": torch.tensor(done)}
 
-    def search_for(labels: Tensor) -> Tensor:
-        fits = bool(search) and len(search["variable"]) == len(labels)  # not after memory ran out in it
+    def choose(candidates: Tensor, wanted: Tensor) -> Tensor:
+        assert selection is not None
+        given = Samples(candidates.cpu(), wanted.cpu(), num_classes, method.name)
+        kept = math.ceil(len(given) / selection.oversample)
+        return most_stable(model, given, kept, selection, wanted.unique().tolist(), seed=seed)[0].to(wanted.device)
+
+    def search_for(wanted: Tensor) -> tuple[Tensor, Tensor, int]:
+        fits = bool(search) and int(search["candidates"]) == len(wanted)  # not after memory ran out in it
         left = {name: value.clone() for name, value in search.items()} if fits else {}
-        task = Task(suspect, run, prior, labels.to(device), stream(seed, f"invert/{len(images)}"), left=left)
-        task.after_step = lambda state: after_step(lambda: so_far() | named("search", state()))
-        return method.optimise(task)
+        task = Task(suspect, run, prior, wanted.to(device), stream(seed, f"invert/{len(images)}"), left=left)
+        task.choose = None if selection is None or method.joint else choose
+        candidates = {"candidates": torch.tensor(len(wanted))}
+        task.after_step = lambda state: after_step(lambda: so_far() | named("search", state() | candidates))
+        found = method.optimise(task)
+        return found, task.labels.cpu(), len(wanted)
 
-    left = _without(batches, sum(map(len, images)))
+    left = _without(batches, done)
     with fast(suspect) as run, unfinished.working() as after_step:
-        for labels in track(left, f"inversion ({method.name})", total=len(batches), before=len(batches) - len(left)):
-            for done in halving(search_for, labels, chunk):
-                images.append(done)
+        for batch in track(left, f"inversion ({method.name})", total=len(batches), before=len(batches) - len(left)):
+            for found, called, count in halving(search_for, batch, chunk):
+                images.append(found)
+                labels.append(called)
+                done += count
                 search = {}
                 after_step(so_far)
     unfinished.save(so_far())
-    labels = torch.cat(batches)
-    order = labels.argsort(stable=True)
-    samples = Samples(torch.cat(images)[order], labels[order], num_classes, method.name)
+    order = torch.cat(labels).argsort(stable=True)
+    samples = Samples(torch.cat(images)[order], torch.cat(labels)[order], num_classes, method.name)
     if selection is None:
         return samples
     return select_stable(model, samples, per_class, selection, seed=seed)
+
+
+def _in_order(parts: Tensors) -> list[Tensor]:
+    return [value for _, value in sorted(parts.items(), key=lambda item: int(item[0]))]
 
 
 def _batches(num_classes: int, count: int, *, joint: bool) -> list[Tensor]:

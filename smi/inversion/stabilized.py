@@ -57,6 +57,11 @@ class Stabilized(Latent):
         if self.inner not in MODES:
             raise InputError(f"inner is {self.inner!r}. Allowed: {', '.join(MODES)}.")
 
+    @property
+    def settled(self) -> int:
+        """The end of the warm-up: the search has found the class, and what is not chosen need not be stabilised."""
+        return math.ceil(self.warmup * self.steps)
+
     def objective(self, images: Tensor, variable: Tensor, task: Task) -> Tensor:
         """Identity, prior and, after the warm-up, stability."""
         loss = super().objective(images, variable, task)
