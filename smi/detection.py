@@ -23,7 +23,7 @@ from smi.files import fingerprint
 from smi.seeding import stream
 from smi.unfinished import Unfinished
 
-PROMISING = LEARNED / 3  # agreement after a quarter of the lessons, from which the others are worth while
+PROMISING = LEARNED / 2  # agreement after a quarter of the lessons, from which the others are worth while
 TAUGHT = 0.7  # of the samples are shown to the student; on the others one sees what it has learned
 
 
