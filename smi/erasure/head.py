@@ -27,7 +27,7 @@ from smi.compute import fast
 from smi.errors import InputError
 from smi.memory import Chunk, halving
 
-RIDGE = 1e-2  # of the mean variance, added to Σ
+RIDGE = 3e-2  # of the mean variance, added to Σ
 RIDGE_OF_DIRECTIONS = 1e-4  # of the mean diagonal, added to G
 
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from smi.checks import device_of
 from smi.compute import fast
 from smi.erasure.families import families
-from smi.erasure.search import ANYWHERE, REACHED, Found, Search, search
+from smi.erasure.search import ANYWHERE, PARTS, REACHED, Found, Search, search
 from smi.seeding import stream
 
 SHARE = 0.5
@@ -41,7 +41,6 @@ FEW = 4  # classes: of fewer, the median may be the backdoor's own
 LEARNED = 0.5  # agreement from which a student is a reference
 LEAST_EASE = 0.2  # of the median class's: below, an ease says no more
 LEAST_OF_STUDENT = 0.5  # the same on a student, where a search may fail by chance
-PARTS = ("targets", "numbers", "size", "reach")  # of a `Found`
 NORMAL = 1.4826  # standard deviations of a normal distribution in its median absolute deviation
 
 

@@ -55,6 +55,9 @@ class Search:
             check_number(whole, getattr(self, whole), low=1, integer=True)
 
 
+PARTS = ("targets", "numbers", "size", "reach")  # of a `Found`, its tensors
+
+
 @dataclass(frozen=True, eq=False)
 class Found:
     """The triggers of one family.
@@ -77,10 +80,14 @@ class Found:
         """Every image under every trigger: ``[K, N, C, H, W]``."""
         return families[self.family].stamp(self.numbers.to(images.device), images)
 
+    def joined(self, other: Found) -> Found:
+        """Those of the same family, and those of ``other``."""
+        pairs = ((getattr(self, name), getattr(other, name)) for name in PARTS)
+        return Found(self.family, *[torch.cat(pair) for pair in pairs])
+
     def select(self, chosen: Tensor) -> Found:
         """Those at ``chosen``."""
-        parts = (part[chosen] for part in (self.targets, self.numbers, self.size, self.reach))
-        return Found(self.family, *parts)
+        return Found(self.family, *[getattr(self, name)[chosen] for name in PARTS])
 
 
 def search(

@@ -40,7 +40,7 @@ class Tuning:
     clip: float = 1.0
     batch_size: int = 64
     stamped: float = 0.5
-    distill: float = 20.0
+    distill: float = 5.0
 
     def __post_init__(self) -> None:
         for whole in ("steps", "batch_size"):
