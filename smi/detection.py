@@ -149,11 +149,11 @@ def detect(
     Raises:
         InputError: Where the pieces do not fit together.
 
-    >>> import smi
+    >>> import smi, smi.detection, smi.erasure
     >>> suspect, digits = smi.load_classifier("digits-badnets"), smi.load_domain("digits")
     >>> some = smi.clean_control(digits.private.train, per_class=10)
-    >>> quick = smi.detection.Detector(search=smi.erasure.Search(steps=20), lessons=smi.erasure.Lessons(steps=2))
-    >>> detect(suspect, some, config=quick)
+    >>> search, lessons = smi.erasure.Search(families=("additive",), steps=20), smi.erasure.Lessons(steps=2)
+    >>> detect(suspect, some, config=smi.detection.Detector(search=search, lessons=lessons))  # quick, for this example
     Detection(reached=[0], conclusive=True)
     """
     check_samples(samples, "detect")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import csv
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -356,7 +357,8 @@ def test_what_is_said_of_colour(tmp_path: Path) -> None:
 
 
 def test_what_the_readme_says_of_the_former_detection() -> None:
-    rows = from_csv((ROOT / "notebooks/results/detection.csv").read_text())
+    with (ROOT / "notebooks/results/detection.csv").open() as file:
+        rows = list(csv.DictReader(file))
     victims, clean = ([row for row in rows if (row["attack"] == NONE) == sound] for sound in (False, True))
     hits = sum(row["flagged"] == "target" for row in victims)
     assert not any(row["flagged"] == "other" for row in victims)
