@@ -14,6 +14,7 @@ import smi
 from smi.compute import frozen
 from smi.defenses import Erasure, Repair, defenses
 from smi.defenses.base import Evidence
+from smi.defenses.erasure import STARTS
 from smi.detection import Detection, Detector
 from smi.erasure.directions import directions
 from smi.erasure.head import features, head_of
@@ -210,6 +211,33 @@ def test_where_nothing_is_unusual_nothing_is_changed(few_digits, repair, monkeyp
     after = done.model.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in victim.state_dict().items())
     assert done.evidence.treated == done.evidence.left == done.evidence.after == done.log["loss"] == []
+
+
+def test_what_stays_unusual_is_erased_anew_with_several_triggers_and_then_tuned(brightened, monkeypatch):
+    model, samples, _ = brightened
+    suspect, tuned, erased = [value.clone() for value in model.state_dict().values()], [], []
+    monkeypatch.setattr(Erasure, "_unusual", lambda self, scan, triggers, treated: triggers)  # whatever is done
+
+    def erase(repaired, samples, triggers):
+        assert all(map(torch.equal, repaired.state_dict().values(), suspect)), "begun from the suspect"
+        erased.append([len(one.targets) for one in triggers])
+
+    def tune(repaired, samples, public, triggers, config, rng):
+        tuned.append([len(one.targets) for one in triggers])
+        with torch.no_grad():
+            next(repaired.parameters()).add_(0.01)
+        return [1.0] * config.steps
+
+    monkeypatch.setattr("smi.defenses.erasure._erase", erase)
+    monkeypatch.setattr("smi.defenses.erasure.tune", tune)
+    repair = replace(looking((1,), families=("additive", "masked"), steps=2, restarts=1), rounds=4).repair(
+        model, samples
+    )
+    assert erased == [[1, 1], [STARTS] * 2]
+    assert tuned == [[1, 1], [STARTS] * 2, [2 * STARTS] * 2, [3 * STARTS] * 2]
+    assert repair.log["rounds"] == 4
+    assert repair.evidence.left == [1]
+    assert all(map(torch.equal, model.state_dict().values(), suspect))
 
 
 def test_classes_may_be_named(few_digits, repair, monkeypatch):

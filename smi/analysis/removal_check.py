@@ -36,10 +36,11 @@ SOURCES = ("clean", "smi", "latent", "public")
 NONE = "none"  # the attack on a clean model
 COLUMNS = (
     "domain", "architecture", "attack", "seed", "target", "source", "acc_before", "asr_before", "floor", "acc_after",
-    "asr_after", "der", "found", "left",
+    "asr_after", "der", "found", "rounds", "left",
 )  # fmt: skip
 """Rates in percent. target: the attacker's class, "all" for all-to-all, "" for a clean model. found: classes that were
-treated, "anywhere" for the search to any class. left: of those, what the report calls unusual still."""
+treated, "anywhere" for the search to any class. rounds: of erasing and tuning. left: of those found, what the report
+still calls unusual."""
 
 Row = dict[str, str | int | float]
 
@@ -83,7 +84,8 @@ def check(
             row: Row = {"domain": domain.name, "architecture": config.arch, "attack": name, "seed": seed}
             row |= {"target": _target(attack), "source": source}
             row |= _rates(domain, victim, repair.model, clean, evaluator)
-            row |= {"found": _classes(repair.evidence.treated), "left": _classes(repair.evidence.left)}
+            row |= {"found": _classes(repair.evidence.treated), "rounds": repair.log["rounds"]}
+            row |= {"left": _classes(repair.evidence.left)}
             yield row
 
 

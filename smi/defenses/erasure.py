@@ -10,8 +10,9 @@ and go on while something is unusual.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor, nn
 
 from smi.checks import check_number
@@ -28,6 +29,8 @@ from smi.errors import InputError
 from smi.seeding import stream
 from smi.unfinished import current
 
+STARTS = 4  # of a class that is still unusual after a round
+
 
 @defenses.register("erasure")
 @dataclass(frozen=True, kw_only=True)
@@ -37,13 +40,14 @@ class Erasure(Defense):
     Attributes:
         detector: Which classes are treated: those that it takes for a sign.
         tuning: The steps after erasing.
-        rounds: Of erasing and tuning, at most.
+        rounds: At most: the first erases one trigger a family and class and tunes; where something stays unusual, the
+            second does so anew with several triggers, and further ones go on tuning with more.
         targets: Classes to treat whatever is unusual; None to treat those that are.
     """
 
     detector: Detector = field(default_factory=Detector)
     tuning: Tuning = field(default_factory=Tuning)
-    rounds: int = 2
+    rounds: int = 3
     targets: tuple[int, ...] | None = None
 
     name = "erasure"
@@ -59,33 +63,62 @@ class Erasure(Defense):
         unknown = [label for label in self.targets or () if label not in range(samples.num_classes)]
         if unknown:
             raise InputError(f"targets holds {unknown[0]}. Allowed: 0 to {samples.num_classes - 1}.")
-        repaired, rng = copy.deepcopy(model).eval().requires_grad_(True), stream(seed, "erasure")
-        head = head_of(repaired, samples.images[:2])
-        detector = self.detector
+        detector, rng = self.detector, stream(seed, "erasure")
         kept = current().once("scan", rng, lambda: detector.scan(model, samples, public, seed=seed).tensors())
         detection = detector.judge(Scan.restored(detector.search.families, kept))
         scan = detection.scan
         treated = detection.reached if self.targets is None else sorted(set(self.targets))
-        found, left, curve = scan.of(treated), treated, []
-        # At first all that leads there, later what is still unusual. A trigger to anywhere has a direction a class.
-        erased = self._unusual(scan, found, treated) if treated == [ANYWHERE] else found
-        for _ in range(self.rounds):
+        repaired, found, left = copy.deepcopy(model).eval().requires_grad_(True), scan.of(treated), treated
+        shown: list[Found] = []
+        curve: list[float] = []
+        for number in range(self.rounds):
             if not left:
                 break
-            rows = directions(repaired, head, samples, erased)
-            if len(rows):
-                erase(head.layer, features(repaired, head, samples.images), rows)
-            curve += tune(repaired, samples, public, found, self.tuning, rng)
+            if number == 0:  # all that leads there; a trigger to anywhere has a direction a class, so not all of those
+                erased = self._unusual(scan, found, treated) if treated == [ANYWHERE] else found
+                shown = found
+                _erase(repaired, samples, erased)
+            elif number == 1:  # again from the suspect: to erase twice undoes what was tuned to cancel
+                repaired = copy.deepcopy(model).eval().requires_grad_(True)
+                shown = self._unusual(scan, self._several(model, samples, treated, seed + number), treated)
+                _erase(repaired, samples, shown)
+            else:
+                several = self._several(repaired, samples, treated, seed + number)
+                shown = [one.joined(other) for one, other in zip(shown, several, strict=True)]
+            curve += tune(repaired, samples, public, shown, self.tuning, rng)
             found = look(frozen(repaired), samples.images, samples.labels, treated, detector.search, seed=seed)
-            erased = self._unusual(scan, found, treated)
-            left = sorted({target for one in erased for target in one.targets.tolist()})
+            unusual = self._unusual(scan, found, treated)
+            left = sorted({target for one in unusual for target in one.targets.tolist()})
         evidence = Evidence(detection, treated, found if treated else [], left)
-        log = {"loss": curve, "treated": treated, "left": left, "scan": detection.record()}
+        rounds = len(curve) // self.tuning.steps
+        log = {"loss": curve, "treated": treated, "rounds": rounds, "left": left, "scan": detection.record()}
         if treated:
             log["excess_after"] = evidence.excess_after()
         return Repair(repaired, self.name, samples.source, self.settings(), log, evidence=evidence)
 
+    def _several(self, model: nn.Module, samples: Samples, treated: list[int], seed: int) -> list[Found]:
+        """`STARTS` triggers a family of each class. Where the planted one moves the features far, what a single found
+        one misses of its direction is still enough to fool."""
+        config = replace(self.detector.search, restarts=1)
+        return look(frozen(model), samples.images, samples.labels, treated * STARTS, config, seed=seed)
+
     def _unusual(self, scan: Scan, found: list[Found], treated: list[int]) -> list[Found]:
         """Those of the triggers on a repaired model that are still unusual."""
-        excess = scan.excess_anywhere(found)[:, None] if treated == [ANYWHERE] else scan.excess(found)
+        if treated == [ANYWHERE]:
+            count = len(found[0].targets)
+            excess = torch.stack([scan.excess_anywhere(_only(found, i)) for i in range(count)], 1)
+        else:
+            excess = scan.excess(found)
         return [one.select(row > self.detector.unusual) for one, row in zip(found, excess, strict=True)]
+
+
+def _erase(model: nn.Module, samples: Samples, found: list[Found]) -> None:
+    """Take the directions of these triggers out of the model's head."""
+    head = head_of(model, samples.images[:2])
+    rows = directions(model, head, samples, found)
+    if len(rows):
+        erase(head.layer, features(model, head, samples.images), rows)
+
+
+def _only(found: list[Found], place: int) -> list[Found]:
+    return [one.select(torch.tensor([place])) for one in found]
