@@ -217,6 +217,7 @@ def test_what_stays_unusual_is_erased_anew_with_several_triggers_and_then_tuned(
     model, samples, _ = brightened
     suspect, tuned, erased = [value.clone() for value in model.state_dict().values()], [], []
     monkeypatch.setattr(Erasure, "_unusual", lambda self, scan, triggers, treated: triggers)  # whatever is done
+    monkeypatch.setattr(Erasure, "_unusual_kinds", lambda self, scan, triggers: triggers)
 
     def erase(repaired, samples, triggers):
         assert all(map(torch.equal, repaired.state_dict().values(), suspect)), "begun from the suspect"
@@ -233,11 +234,20 @@ def test_what_stays_unusual_is_erased_anew_with_several_triggers_and_then_tuned(
     repair = replace(looking((1,), families=("additive", "masked"), steps=2, restarts=1), rounds=4).repair(
         model, samples
     )
-    assert erased == [[1, 1], [STARTS] * 2]
-    assert tuned == [[1, 1], [STARTS] * 2, [2 * STARTS] * 2, [3 * STARTS] * 2]
+    several = 1 + STARTS
+    assert erased == [[1, 1], [several] * 2]
+    assert tuned == [[1, 1], [several] * 2, [several + STARTS] * 2, [several + 2 * STARTS] * 2]
     assert repair.log["rounds"] == 4
     assert repair.evidence.left == [1]
     assert all(map(torch.equal, model.state_dict().values(), suspect))
+
+
+def test_several_triggers_are_erased_of_the_families_that_are_unusual():
+    additive, masked = found([4.0, 1.0, 4.0, 4.0, 4.0]), found([4.0, 3.9, 4.0, 4.0, 4.0], family="masked")
+    scan = Scan([additive, masked])
+    more = [found([2.0, 4.0], targets=[1, 2]), found([2.0, 4.0], family="masked", targets=[1, 2])]
+    kept = Erasure()._unusual_kinds(scan, more)
+    assert [one.targets.tolist() for one in kept] == [[1, 2], [2]]  # class 2 was asked for: all kinds of it
 
 
 def test_classes_may_be_named(few_digits, repair, monkeypatch):

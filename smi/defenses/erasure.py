@@ -75,16 +75,15 @@ class Erasure(Defense):
             if not left:
                 break
             if number == 0:  # all that leads there; a trigger to anywhere has a direction a class, so not all of those
-                erased = self._unusual(scan, found, treated) if treated == [ANYWHERE] else found
                 shown = found
-                _erase(repaired, samples, erased)
+                _erase(repaired, samples, self._unusual_kinds(scan, found) if treated == [ANYWHERE] else found)
             elif number == 1:  # again from the suspect: to erase twice undoes what was tuned to cancel
                 repaired = copy.deepcopy(model).eval().requires_grad_(True)
-                shown = self._unusual(scan, self._several(model, samples, treated, seed + number), treated)
+                several = self._several(model, samples, treated, seed + number)
+                shown = self._unusual_kinds(scan, _joined(scan.of(treated), several))
                 _erase(repaired, samples, shown)
             else:
-                several = self._several(repaired, samples, treated, seed + number)
-                shown = [one.joined(other) for one, other in zip(shown, several, strict=True)]
+                shown = _joined(shown, self._several(repaired, samples, treated, seed + number))
             curve += tune(repaired, samples, public, shown, self.tuning, rng)
             found = look(frozen(repaired), samples.images, samples.labels, treated, detector.search, seed=seed)
             unusual = self._unusual(scan, found, treated)
@@ -104,12 +103,16 @@ class Erasure(Defense):
 
     def _unusual(self, scan: Scan, found: list[Found], treated: list[int]) -> list[Found]:
         """Those of the triggers on a repaired model that are still unusual."""
-        if treated == [ANYWHERE]:
-            count = len(found[0].targets)
-            excess = torch.stack([scan.excess_anywhere(_only(found, i)) for i in range(count)], 1)
-        else:
-            excess = scan.excess(found)
+        excess = scan.excess_anywhere(found)[:, None] if treated == [ANYWHERE] else scan.excess(found)
         return [one.select(row > self.detector.unusual) for one, row in zip(found, excess, strict=True)]
+
+    def _unusual_kinds(self, scan: Scan, found: list[Found]) -> list[Found]:
+        """Those of the triggers whose family is unusual for their class on the suspect; all where no family is."""
+        excess = dict(zip([*scan.classes, ANYWHERE], [*scan.excess().T, scan.excess_anywhere()], strict=True))
+        unusual = {label: row > self.detector.unusual for label, row in excess.items()}
+        unusual = {label: row if row.any() else ~row for label, row in unusual.items()}
+        kept = [[bool(unusual[label][place]) for label in one.targets.tolist()] for place, one in enumerate(found)]
+        return [one.select(torch.tensor(mask, dtype=torch.bool)) for one, mask in zip(found, kept, strict=True)]
 
 
 def _erase(model: nn.Module, samples: Samples, found: list[Found]) -> None:
@@ -120,5 +123,5 @@ def _erase(model: nn.Module, samples: Samples, found: list[Found]) -> None:
         erase(head.layer, features(model, head, samples.images), rows)
 
 
-def _only(found: list[Found], place: int) -> list[Found]:
-    return [one.select(torch.tensor([place])) for one in found]
+def _joined(some: list[Found], others: list[Found]) -> list[Found]:
+    return [one.joined(other) for one, other in zip(some, others, strict=True)]
