@@ -29,6 +29,7 @@ figcaption, small { color: var(--quiet); font-size: .875rem; text-align: left; }
 th, td { padding: .35rem .4rem; text-align: right; border-bottom: 1px solid var(--line); }
 thead th { vertical-align: bottom; }
 td { white-space: nowrap; }
+td.words { white-space: normal; min-width: 9rem; }
 th:first-child { text-align: left; font-weight: inherit; }
 thead th:first-child { font-weight: bold; }
 th small { display: block; font-weight: normal; }
@@ -42,6 +43,8 @@ summary { cursor: pointer; }
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 Cell = str | tuple[str, str]
+LONG = 24  # characters: such a cell may break into lines
+WORDS = '<td class="words">'
 
 
 def page(title: str, *parts: str) -> str:
@@ -74,7 +77,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Cell]], caption: str, mar
     lines = []
     for index, (name, *cells) in enumerate(rows):
         style = ' class="mark"' if index == mark else ""
-        values = "".join(f"<td>{_cell(cell)}</td>" for cell in cells)
+        values = "".join(f"{WORDS if _wraps(cell) else '<td>'}{_cell(cell)}</td>" for cell in cells)
         lines.append(f'<tr{style}><th scope="row">{_cell(name)}</th>{values}</tr>')
     heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
     return (
@@ -82,6 +85,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Cell]], caption: str, mar
         f"<thead><tr>{heads}</tr></thead>\n<tbody>\n" + "\n".join(lines) + "\n</tbody>\n</table>\n</div>\n"
         f"<figcaption>{escape(caption)}</figcaption>\n</figure>"
     )
+
+
+def _wraps(cell: Cell) -> bool:
+    return isinstance(cell, str) and len(cell) > LONG
 
 
 def picture(png: bytes, alt: str, caption: str) -> str:
