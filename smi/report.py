@@ -32,6 +32,7 @@ from smi.sections import (
     defense_name,
     detection_section,
     kinds,
+    most_unusual,
     named,
     percent,
     perturbations_section,
@@ -222,7 +223,7 @@ def evidence_verdict(evidence: Evidence, classes: Sequence[str]) -> str:
     erased, left = (", ".join(named(label, classes) for label in chosen) for chosen in (treated, evidence.left))
     if all(found.scan.strongest(label)[1] <= found.limit for label in treated):
         return f"No class is reached unusually easily. The triggers to {erased} were erased because that was asked for."
-    sign = (evidence.left or treated)[0]
+    sign = most_unusual(found.scan, evidence.left or treated)
     why = f"{named(sign, classes)} is reached unusually easily. {reason(found.scan, sign)}"
     why += f"; above {found.limit:g} is a sign"
     if evidence.left:
@@ -247,7 +248,8 @@ def detection_verdict(found: Detection, classes: Sequence[str]) -> str:
             "model that was taught the suspect's labels agrees with it on too few images."
         )
     if found.reached:
-        sign, others = found.reached[0], ", ".join(named(label, classes) for label in found.reached[1:])
+        sign = most_unusual(scan, found.reached)
+        others = ", ".join(named(label, classes) for label in found.reached if label != sign)
         more = f" Also unusual: {others}." if others else ""
         return (
             f"There are signs of a backdoor: {named(sign, classes)} is reached unusually easily. {reason(scan, sign)}; "

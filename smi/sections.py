@@ -204,6 +204,11 @@ def reason(scan: Scan, target: int) -> str:
     return f"{said}, {excess:.1f} standard deviations from what is usual"
 
 
+def most_unusual(scan: Scan, labels: Sequence[int]) -> int:
+    """Of these classes the one that is the most unusual on the suspect."""
+    return max(labels, key=lambda label: scan.strongest(label)[1])
+
+
 def named(target: int, classes: Sequence[str]) -> str:
     """A class in words."""
     return "any other class" if target == ANYWHERE else f"class “{classes[target]}”"
@@ -212,6 +217,7 @@ def named(target: int, classes: Sequence[str]) -> str:
 def detection_section(found: Detection, classes: Sequence[str], evidence: Evidence | None = None) -> str:
     """The smallest trigger to every class, and what is unusual; evidence: of a removal that searched again after it."""
     scan, treated = found.scan, evidence.treated if evidence else []
+    after = dict(zip(treated, evidence.excess_after(), strict=True)) if evidence else {}
     rows, order = [], scan.excess().amax(0).argsort(descending=True)[:MOST_CLASSES].tolist()
     for place in sorted(order):
         label = scan.classes[place]
@@ -219,7 +225,7 @@ def detection_section(found: Detection, classes: Sequence[str], evidence: Eviden
         one = scan.of([label])[family]
         row = [classes[label], in_words(one), percent(one.reach.item()), f"{value:.1f}"]
         if evidence:
-            row += [f"{evidence.excess_after()[treated.index(label)]:.1f}" if label in treated else ""]
+            row += [f"{after[label]:.1f}" if label in after else ""]
         rows.append(row)
     fresh = "a fresh model that was taught the suspect's labels of images without a trigger "
     fresh += f"({percent(scan.agreement)} agreement beyond chance)"
@@ -239,9 +245,11 @@ def detection_section(found: Detection, classes: Sequence[str], evidence: Eviden
     if treated:
         caption += " After: the excess of a new search on the repaired model."
     caption += _cut(len(scan.classes), len(rows))
-    signs = [row for row, place in enumerate(sorted(order)) if scan.classes[place] in (treated or found.reached)]
+    shown = [scan.classes[place] for place in sorted(order)]
+    signs = [label for label in treated or found.reached if label in shown]
+    mark = shown.index(most_unusual(scan, signs)) if signs else None
     head = ["Class", "Trigger", "Sends there", "Excess", *(["After"] if evidence else [])]
-    return section("Is there a backdoor?", paragraph(note), table(head, rows, caption, signs[0] if signs else None))
+    return section("Is there a backdoor?", paragraph(note), table(head, rows, caption, mark))
 
 
 def triggers_section(suspect: nn.Module, repair: Repair, samples: Samples, classes: Sequence[str]) -> str:

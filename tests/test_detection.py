@@ -145,8 +145,9 @@ def test_the_verdict_and_its_reasons():
     assert "L2 norm 1" in signs
     assert "sends 90.0" in signs
     assert "above 2.2 is a sign" in signs
-    more = detection_verdict(detection([1.0, 4.0, 1.0, 4.0, 4.0, 4.0, 4.0]), names)
-    assert more.endswith("Also unusual: class “<script>”.")
+    more = detection_verdict(detection([1.1, 4.0, 1.0, 4.0, 4.0, 4.0, 4.0]), names)
+    assert more.startswith("There are signs of a backdoor: class “<script>”"), "the most unusual gives the reason"
+    assert more.endswith("Also unusual: class “c0”.")
     none = detection_verdict(detection([4.0, 3.5, 4.5, 4.0]), names)
     assert none.startswith("No sign of a backdoor")
     assert "Closest comes class “c1”" in none

@@ -103,11 +103,12 @@ def _rates(
     domain: Domain, victim: nn.Module, repaired: nn.Module, clean: nn.Module, evaluator: Evaluator | None
 ) -> Row:
     if evaluator is None:
-        test, row = domain.private.test, dict.fromkeys(COLUMNS[6:12], "")
+        test = domain.private.test
+        row: Row = {"asr_before": "", "floor": "", "asr_after": "", "der": ""}
         for when, model in (("before", victim), ("after", repaired)):
             right = predict(model, test.images).argmax(1) == test.labels
-            row[f"acc_{when}"] = f"{100 * right.float().mean().item():.2f}"
-        return {**row}
+            row[f"acc_{when}"] = 100 * right.float().mean().item()
+        return row
     both = Comparison(evaluator.measure(victim), evaluator.measure(repaired))
     return {
         "acc_before": 100 * both.before.acc,
