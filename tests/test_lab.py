@@ -4,10 +4,12 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from pathlib import Path
 
@@ -46,6 +48,14 @@ def test_only_this_machine_and_never_without_a_token(tmp_path):
     assert not any("token" in part or "password" in part for part in command)
 
 
+def listens(address):
+    try:
+        socket.create_connection(("127.0.0.1", urllib.parse.urlsplit(address).port), timeout=10).close()
+    except ConnectionRefusedError:
+        return False
+    return True
+
+
 @pytest.fixture
 def address(tmp_path):
     """What a started `smi lab` prints: the address with the token."""
@@ -58,7 +68,7 @@ def address(tmp_path):
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and lab.poll() is None:
             found = re.search(r"http://127\.0\.0\.1:\d+/lab/tree/\S+token=\w+", (tmp_path / "log").read_text())
-            if found:
+            if found and listens(found.group()):  # it is printed before the port is bound
                 break
             time.sleep(0.2)
         else:
