@@ -65,9 +65,12 @@ class Latent(Inversion):
 
     def objective(self, images: Tensor, variable: Tensor, task: Task) -> Tensor:
         """Identity and prior terms, averaged over the batch."""
-        loss = F.cross_entropy(task.run(images), task.labels)
+        return F.cross_entropy(task.run(images), task.labels) + self.prior_term(images, task)
+
+    def prior_term(self, images: Tensor, task: Task) -> Tensor:
+        """How unreal the critic finds the batch, weighted; 0 without a critic."""
         realism = task.realism(images) if self.lambda_prior else None
-        return loss if realism is None else loss - self.lambda_prior * realism.mean()
+        return images.new_zeros(()) if realism is None else -self.lambda_prior * realism.mean()
 
     def project(self, variable: Tensor) -> None:
         """Shrink latents that left the ball."""

@@ -5,7 +5,7 @@ Each returns constants for the outer step (Danskin's theorem): no gradient flows
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,17 +16,34 @@ from smi.compute import Runner
 TINY = 1e-12
 
 
-def worst_input(run: Runner, images: Tensor, labels: Tensor, *, radius: float, steps: int) -> Tensor:
+def slopes_at(run: Runner, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The mean cross-entropy, its gradient by the images ``[N, C, H, W]`` and by each parameter of ``model``.
+
+    Both inner problems begin along these, and the outer one goes down the first: one pass serves all three.
+    """
+    images, weights = images.detach().requires_grad_(), _trainable(model)
+    loss = F.cross_entropy(run(images, weights), labels)
+    slope, *slopes = torch.autograd.grad(loss, [images, *weights.values()], materialize_grads=True)
+    return loss.detach(), slope, slopes
+
+
+def worst_input(
+    run: Runner, images: Tensor, labels: Tensor, *, radius: float, steps: int, slope: Tensor | None = None
+) -> Tensor:
     """δ ``[N, C, H, W]`` with ``‖δ_i‖₂ ≤ radius`` that raises ``CE(f(x_i + δ_i), y_i)``, one per image.
 
-    Normalised-gradient ascent from zero; ``x + δ`` is kept in [0, 1].
+    Normalised-gradient ascent from zero; ``x + δ`` is kept in [0, 1]. slope: the gradient at zero, up to a factor,
+    where it is known.
     """
     images = images.detach()
     delta = torch.zeros_like(images)
-    for _ in range(steps):
-        delta.requires_grad_()
-        loss = F.cross_entropy(run((images + delta).clamp(0, 1)), labels, reduction="sum")
-        (gradient,) = torch.autograd.grad(loss, delta)
+    for step in range(steps):
+        if step == 0 and slope is not None:
+            gradient = slope
+        else:
+            delta.requires_grad_()
+            loss = F.cross_entropy(run((images + delta).clamp(0, 1)), labels, reduction="sum")
+            (gradient,) = torch.autograd.grad(loss, delta)
         delta = delta.detach() + 1.5 * radius / steps * _unit(gradient)
         delta = delta * (radius / _norms(delta).clamp(min=TINY)).clamp(max=1)
         delta = (images + delta).clamp(0, 1) - images
@@ -34,20 +51,29 @@ def worst_input(run: Runner, images: Tensor, labels: Tensor, *, radius: float, s
 
 
 def worst_parameters(
-    run: Runner, model: nn.Module, images: Tensor, labels: Tensor, *, radius: float
+    run: Runner,
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    radius: float,
+    slopes: Sequence[Tensor] | None = None,
 ) -> Mapping[str, Tensor]:
     """Parameters ``θ + v`` with ``‖v_l‖ = radius · ‖θ_l‖`` for every tensor l that raise the mean cross-entropy.
 
     One normalised-gradient step, as in sharpness-aware minimisation (Foret et al., ICLR 2021), relative per tensor as
-    in its adaptive form (Kwon et al., ICML 2021). One v for the whole batch.
+    in its adaptive form (Kwon et al., ICML 2021). One v for the whole batch. slopes: the gradients, where known.
     """
-    weights = {name: value.detach().clone().requires_grad_() for name, value in model.named_parameters()}
-    loss = F.cross_entropy(run(images.detach(), weights), labels)
-    gradients = torch.autograd.grad(loss, list(weights.values()), materialize_grads=True)
+    if slopes is None:
+        slopes = slopes_at(run, model, images, labels)[2]
     return {
         name: (w + radius * w.norm() / g.norm().clamp(min=TINY) * g).detach()
-        for (name, w), g in zip(weights.items(), gradients, strict=True)
+        for (name, w), g in zip(model.named_parameters(), slopes, strict=True)
     }
+
+
+def _trainable(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone().requires_grad_() for name, value in model.named_parameters()}
 
 
 def _norms(x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from smi.compute import asked_precision
 from smi.errors import InputError
 from smi.inversion.base import Task, inversions
 from smi.inversion.latent import Latent
-from smi.inversion.perturbation import worst_input, worst_parameters
+from smi.inversion.perturbation import slopes_at, worst_input, worst_parameters
 from smi_kernels import stability_scores
 
 MODES = ("adversarial", "random")
@@ -64,19 +64,23 @@ class Stabilized(Latent):
 
     def objective(self, images: Tensor, variable: Tensor, task: Task) -> Tensor:
         """Identity, prior and, after the warm-up, stability."""
-        loss = super().objective(images, variable, task)
         if task.progress < self.warmup:
-            return loss
-        terms = self._adversarial if self.inner == "adversarial" else self._random
-        return loss + terms(images, task)
+            return super().objective(images, variable, task)
+        if self.inner == "random":
+            return super().objective(images, variable, task) + self._random(images, task)
+        return self._adversarial(images, task) + self.prior_term(images, task)
 
     def _adversarial(self, images: Tensor, task: Task) -> Tensor:
-        total = images.new_zeros(())
+        """Identity and both stability terms."""
+        value, slope, slopes = slopes_at(task.run, task.model, images, task.labels)
+        total = value + ((images - images.detach()) * slope).sum()  # the identity term: its value and its gradient
         if self.lambda_x:
-            delta = worst_input(task.run, images, task.labels, radius=self.epsilon, steps=self.ascent_steps)
+            delta = worst_input(
+                task.run, images, task.labels, radius=self.epsilon, steps=self.ascent_steps, slope=slope
+            )
             total = total + self.lambda_x * F.cross_entropy(task.run(images + delta), task.labels)
         if self.lambda_w:
-            weights = worst_parameters(task.run, task.model, images, task.labels, radius=self.rho)
+            weights = worst_parameters(task.run, task.model, images, task.labels, radius=self.rho, slopes=slopes)
             total = total + self.lambda_w * F.cross_entropy(task.run(images, weights), task.labels)
         return total
 
