@@ -1,5 +1,7 @@
 """Erasure: families of triggers, the search for them, and the closed form, against direct computations."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -12,7 +14,7 @@ from smi.compute import fast, frozen
 from smi.erasure.directions import directions
 from smi.erasure.families import families
 from smi.erasure.head import RIDGE, erase, features, head_of
-from smi.erasure.search import Search, search
+from smi.erasure.search import PROBED, Search, search
 from smi.erasure.tune import Tuning, tune
 from smi.models import load_classifier
 from smi.seeding import stream
@@ -197,6 +199,24 @@ def test_a_model_without_such_a_layer():
 
 
 # Search, erasure, tuning --------------------------------------------------------------------------------------------
+
+
+def test_several_starts_where_the_start_matters_and_fewer_images_until_a_trigger_settles():
+    asked = []
+
+    def run(images):
+        asked.append(len(images))
+        return images.flatten(1)[:, :4]
+
+    images, labels = torch.rand(10, 1, 4, 4), torch.zeros(10, dtype=torch.int64)
+    config = Search(families=("additive",), steps=4, images=6, restarts=3, probe=1)
+    search(run, images, labels, [1, 2], config, stream(0, "search"))
+    held = 2 * 3  # of ten images three are held out, and tried with each trigger
+    assert sum(asked) == 2 * (2 * 3 + 2 * 6) + held
+    asked.clear()
+    search(run, images, labels, [1, 2], replace(config, families=("masked",)), stream(0, "search"))
+    probing, comparing = 3 * 2 * 3, 3 * 2 * PROBED
+    assert sum(asked) == probing + comparing + 2 * (3 + 2 * 6) + held
 
 
 def test_a_backdoor_is_found_erased_and_tuned_away(digits, few_digits):

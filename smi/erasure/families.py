@@ -35,6 +35,10 @@ class Family(Protocol):
     def spread(self) -> float:
         """Of log ease (see `smi.erasure.scan`) over natural classes, a standard deviation: at least that is usual."""
 
+    @property
+    def rough(self) -> bool:
+        """Whether what a search finds depends on where it starts, so that several starts are worth while."""
+
     def start(self, count: int, shape: torch.Size, rng: torch.Generator) -> Tensor:
         """``count`` random candidates ``[K, P]`` for images of shape ``(C, H, W)``."""
 
@@ -59,6 +63,7 @@ class Additive:
     rate: float = 0.05
     weight: float = 1.0
     spread: float = 0.2
+    rough: bool = False
     begin: float = 1.0  # norm of the first δ: not 0, where units at a dark border are dead and no gradient points
 
     def start(self, count: int, shape: torch.Size, rng: torch.Generator) -> Tensor:
@@ -81,6 +86,7 @@ class Masked:
     rate: float = 0.2
     weight: float = 0.15
     spread: float = 0.35
+    rough: bool = True
 
     def start(self, count: int, shape: torch.Size, rng: torch.Generator) -> Tensor:
         """Masks around 0.1, colours around grey."""
@@ -111,6 +117,7 @@ class Smooth:
     rate: float = 0.06
     weight: float = 4.0
     spread: float = 0.25
+    rough: bool = False
     grid: int = 6
     begin: float = 0.02
 
@@ -140,6 +147,7 @@ class Warped:
     rate: float = 0.3
     weight: float = 0.5
     spread: float = 0.2
+    rough: bool = False
     grid: int = 5
     begin: float = 0.2
 

@@ -35,8 +35,8 @@ class Search:
     Attributes:
         families: Names in `families`.
         steps: Of Adam.
-        images: Shown to each candidate in a step.
-        restarts: Candidates a class and family at first.
+        images: Shown to each candidate in a step, half as many in the first half of the steps.
+        restarts: Candidates a class at first, in families where the start matters (`Family.rough`).
         probe: Steps after which the best of them goes on alone.
         most: Candidates that are searched in one batch.
     """
@@ -118,12 +118,13 @@ def search(
     probe = min(config.probe, config.steps)
     for name in track(config.families, "searching triggers", unit="families"):
         task = _Task(run, *shown, name, config, rng)
-        many = wanted.repeat_interleave(config.restarts)
+        restarts = config.restarts if families[name].rough else 1
+        many = wanted.repeat_interleave(restarts)
         numbers = families[name].start(len(many), images.shape[1:], rng)
-        if config.restarts > 1:
+        if restarts > 1:
             numbers = task.descend(many, numbers, range(probe))
-            rows = task.objective(many, numbers).view(len(wanted), config.restarts).argmin(1)
-            numbers = numbers.view(len(wanted), config.restarts, -1)[torch.arange(len(wanted)), rows]
+            rows = task.objective(many, numbers).view(len(wanted), restarts).argmin(1)
+            numbers = numbers.view(len(wanted), restarts, -1)[torch.arange(len(wanted)), rows]
             numbers = task.descend(wanted, numbers, range(probe, config.steps))
         else:
             numbers = task.descend(wanted, numbers, range(config.steps))
@@ -155,9 +156,11 @@ class _Task:
         together = TOGETHER // self.config.images if device.type == "cpu" else len(targets)
         chunk = Chunk(max(1, together))
         for step in steps:
+            settles = 2 * step >= self.config.steps
             for group in optimizer.param_groups:
-                group["lr"] = family.rate * (1.0 if 2 * step < self.config.steps else 0.3)  # the last steps settle
-            batch = torch.randint(len(self.images), (self.config.images,), generator=self.rng)
+                group["lr"] = family.rate * (0.3 if settles else 1.0)
+            count = self.config.images if settles else max(1, self.config.images // 2)
+            batch = torch.randint(len(self.images), (count,), generator=self.rng)
             total = torch.zeros_like(numbers)
 
             def gradient(some: Tensor, batch: Tensor = batch) -> Tensor:
