@@ -1,31 +1,29 @@
 """Does a suspect model carry a backdoor? What a defender can say without clean data.
 
-To every class the smallest trigger is searched in several families (`smi.erasure.search`), and compared with what other
-classes take and with what the class takes on a student of the suspect (`smi.erasure.scan`, `smi.erasure.student`).
+To every class the smallest trigger is searched in several families (`smi.erasure.search`), and compared with what the
+other classes take (`smi.erasure.scan`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from smi.checks import check_model, check_number
-from smi.compute import asked_precision, fingerprint_of, frozen, predict
+from smi.compute import asked_precision, fingerprint_of, frozen
 from smi.domains.base import PublicImages, Samples, check_public, check_samples
-from smi.erasure.scan import FEW, LEARNED, Scan, look
-from smi.erasure.search import ANYWHERE, Found, Search
-from smi.erasure.student import Draw, Lessons, teach
+from smi.erasure.natural import natural_images
+from smi.erasure.scan import Scan, look
+from smi.erasure.search import ANYWHERE, Search
 from smi.files import fingerprint
 from smi.seeding import stream
 from smi.unfinished import Unfinished
 
-PROMISING = LEARNED / 2  # agreement after a quarter of the lessons, from which the others are worth while
-TAUGHT = 0.7  # of the samples are shown to the student; on the others one sees what it has learned
+NEAR = 0.7  # of the largest excess: a class as unusual as that cannot be told from the most unusual one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,13 +32,12 @@ class Detector:
 
     Attributes:
         search: How triggers are searched.
-        lessons: How the student is taught that tells what is easy by nature.
         unusual: Excess, in standard deviations (see `smi.erasure.scan`), from which the most unusual class is a sign.
-        others: The same for further classes: more, since most backdoors have one target.
+        others: The same for further classes that are not `NEAR` the most unusual one: more, since most backdoors have
+            one target.
     """
 
     search: Search = field(default_factory=Search)
-    lessons: Lessons = field(default_factory=Lessons)
     unusual: float = 2.2
     others: float = 3.0
 
@@ -48,52 +45,21 @@ class Detector:
         check_number("unusual", self.unusual, low=0)
         check_number("others", self.others, low=0)
 
-    def scan(self, model: nn.Module, samples: Samples, public: PublicImages | None = None, *, seed: int = 0) -> Scan:
-        """The search on ``model``, and on a student of it where that has learned enough to compare with."""
-        suspect, rng = frozen(model), stream(seed, "student")
-        order = torch.randperm(len(samples), generator=rng)
-        shown, others = order.tensor_split([round(TAUGHT * len(order))])
-        said = predict(suspect, samples.images[others]).argmax(1)
-
-        def agrees(one: nn.Module) -> float:
-            same = (predict(one, samples.images[others]).argmax(1) == said).float().mean().item()
-            return max(0.0, (same * samples.num_classes - 1) / (samples.num_classes - 1))
-
-        def promising(one: nn.Module) -> bool:
-            return agrees(one) >= PROMISING
-
-        pictures = _pictures(samples.images[shown], public, rng)
-        student = teach(suspect, pictures, self.lessons, goes_on=promising, seed=seed)
-        agreement = agrees(student)
-
-        def looked(one: nn.Module, targets: Sequence[int], config: Search) -> list[Found]:
-            return look(one, samples.images, samples.labels, targets, config, seed=seed)
-
-        classes = list(range(samples.num_classes))
-        found = looked(suspect, [*classes, ANYWHERE], self.search)
-        if agreement < LEARNED:
-            return Scan(found, None, agreement)
-        if len(classes) < FEW:
-            return Scan(found, looked(student, [*classes, ANYWHERE], self.search), agreement)
-        # A student's classes are seen against each other, for which less will do; what gets anywhere is not.
-        parts = zip(looked(student, classes, self.brief), looked(student, [ANYWHERE], self.search), strict=True)
-        return Scan(found, [one.joined(other) for one, other in parts], agreement)
-
-    @property
-    def brief(self) -> Search:
-        """A search at a quarter of the cost."""
-        whole = self.search
-        return replace(whole, restarts=1, steps=max(1, 2 * whole.steps // 3), images=max(1, whole.images // 2))
+    def scan(self, model: nn.Module, shown: Samples, *, seed: int = 0) -> Scan:
+        """The search on ``model``, for every class and `ANYWHERE`, on the images ``shown``."""
+        targets = [*range(shown.num_classes), ANYWHERE]
+        return Scan(look(frozen(model), shown.images, shown.labels, targets, self.search, seed=seed))
 
     def judge(self, scan: Scan) -> Detection:
-        """Which classes are signs: the most unusual one and clear further ones, or `ANYWHERE` where that is more so."""
-        excess = scan.excess().amax(0)
-        most = excess.max().item()
-        if scan.excess_anywhere().max() > max(self.unusual, most):
+        """Which classes are signs: the most unusual one and clear further ones, or `ANYWHERE` where that is unusual."""
+        if scan.excess_anywhere().max() > self.unusual:
             return Detection(scan, [ANYWHERE], self.unusual, self.others)
-        limits = [self.unusual if value == most else max(self.unusual, self.others) for value in excess.tolist()]
-        rows = zip(scan.classes, excess.tolist(), limits, strict=True)
-        return Detection(scan, [label for label, value, limit in rows if value > limit], self.unusual, self.others)
+        excess = scan.excess().amax(0)
+        limit = max(self.unusual, min(self.others, NEAR * excess.max().item()))
+        if excess.max() > self.unusual:
+            excess[excess.argmax()] = torch.inf
+        reached = [label for label, value in zip(scan.classes, excess.tolist(), strict=True) if value > limit]
+        return Detection(scan, reached, self.unusual, self.others)
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,19 +107,20 @@ def detect(
     Args:
         model: Images ``[N, C, H, W]`` in [0, 1] to logits; left as it is.
         samples: Labelled images of every class: reconstructions (`smi.invert`), or clean ones where there are any.
-        public: Unlabelled public images of that shape, on which a student is taught as well.
+        public: Unlabelled public images of that shape; where there are any, triggers are searched on those (see
+            `smi.erasure.natural`).
         config: Default: `Detector`.
-        seed: Of the search and the student.
+        seed: Of the search.
         checkpoint: A file for the result, which is not found twice.
 
     Raises:
         InputError: Where the pieces do not fit together.
 
-    >>> import smi, smi.detection, smi.erasure
+    >>> import smi, smi.detection
     >>> suspect, digits = smi.load_classifier("digits-badnets"), smi.load_domain("digits")
     >>> some = smi.clean_control(digits.private.train, per_class=10)
-    >>> search, lessons = smi.erasure.Search(families=("additive",), steps=20), smi.erasure.Lessons(steps=2)
-    >>> detect(suspect, some, config=smi.detection.Detector(search=search, lessons=lessons))  # quick, for this example
+    >>> search = smi.erasure.Search(families=("additive",), steps=20)  # quick, for this example
+    >>> detect(suspect, some, config=smi.detection.Detector(search=search))
     Detection(reached=[0], conclusive=True)
     """
     check_samples(samples, "detect")
@@ -164,18 +131,6 @@ def detect(
     if checkpoint is not None:
         record |= {"model": fingerprint_of(model), "public": None if public is None else fingerprint(public.images)}
         record |= {"images": fingerprint(samples.images), "labels": fingerprint(samples.labels)}
-    unfinished = Unfinished(checkpoint, "detection", record)
-    found = unfinished.once(
-        "scan", stream(seed, "detect"), lambda: config.scan(model, samples, public, seed=seed).tensors()
-    )
+    unfinished, shown = Unfinished(checkpoint, "detection", record), natural_images(model, samples, public, seed=seed)
+    found = unfinished.once("scan", stream(seed, "detect"), lambda: config.scan(model, shown, seed=seed).tensors())
     return config.judge(Scan.restored(config.search.families, found))
-
-
-def _pictures(images: Tensor, public: PublicImages | None, rng: torch.Generator) -> Draw:
-    """Draws images, half of them public where there are any."""
-
-    def draw(count: int) -> Tensor:
-        sources = [images] if public is None else [images, public.images]
-        return torch.cat([part[torch.randint(len(part), (count // len(sources),), generator=rng)] for part in sources])
-
-    return draw

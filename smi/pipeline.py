@@ -19,7 +19,7 @@ from smi.compute import versions
 from smi.defenses import Defense, Erasure, Repair
 from smi.detection import Detector
 from smi.domains.base import Domain, PublicImages, Samples, check_public
-from smi.erasure import Lessons, Search
+from smi.erasure import Search
 from smi.evaluation import Comparison, Evaluator, Measurement, clean_control
 from smi.inversion import Inversion, Latent, Stabilized, invert
 from smi.priors import Prior, check_prior
@@ -31,7 +31,7 @@ from smi.threads import threads_of
 PER_CLASS = 30
 STAGES = ("inversion", "removal")
 HELD_OUT = 5  # a class
-BRIEF = Detector(search=Search(steps=40, restarts=1, images=8), lessons=Lessons(steps=100))
+BRIEF = Detector(search=Search(steps=40, restarts=1, images=8))
 """How the demo looks: four removals in one run, each at a quarter of the default's time."""
 
 

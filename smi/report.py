@@ -215,6 +215,11 @@ def removal_verdict(removal: Removal) -> str:
     )
 
 
+UNKNOWN = (
+    f"Whether there is a backdoor cannot be said: with fewer than {FEW} classes there is nothing to see one against."
+)
+
+
 def evidence_verdict(evidence: Evidence, classes: Sequence[str]) -> str:
     """The decision of a removal that looks for triggers, with its reason."""
     found, treated = evidence.detection, evidence.treated
@@ -222,7 +227,8 @@ def evidence_verdict(evidence: Evidence, classes: Sequence[str]) -> str:
         return detection_verdict(found, classes) + " Nothing was changed."
     erased, left = (", ".join(named(label, classes) for label in chosen) for chosen in (treated, evidence.left))
     if all(found.scan.strongest(label)[1] <= found.limit for label in treated):
-        return f"No class is reached unusually easily. The triggers to {erased} were erased because that was asked for."
+        asked = f"The triggers to {erased} were erased because that was asked for."
+        return f"No class is reached unusually easily. {asked}" if found.conclusive else f"{UNKNOWN} {asked}"
     sign = most_unusual(found.scan, evidence.left or treated)
     why = f"{named(sign, classes)} is reached unusually easily. {reason(found.scan, sign)}"
     why += f"; above {found.limit:g} is a sign"
@@ -243,10 +249,7 @@ def detection_verdict(found: Detection, classes: Sequence[str]) -> str:
     """Whether the suspect shows a backdoor, with the reason."""
     scan = found.scan
     if not found.conclusive:
-        return (
-            f"Whether there is a backdoor cannot be said: there are fewer than {FEW} classes to compare, and a fresh "
-            "model that was taught the suspect's labels agrees with it on too few images."
-        )
+        return UNKNOWN
     if found.reached:
         sign = most_unusual(scan, found.reached)
         others = ", ".join(named(label, classes) for label in found.reached if label != sign)

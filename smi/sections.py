@@ -192,15 +192,12 @@ def in_words(found: Found) -> str:
 
 
 def reason(scan: Scan, target: int) -> str:
-    """What is unusual about a class, or about `ANYWHERE`: the trigger, what it does, what it takes on a student."""
+    """What is unusual about a class, or about `ANYWHERE`: the trigger, and what it does."""
     family, excess = scan.strongest(target)
     one = scan.of([target])[family]
     where = "to another class" if target == ANYWHERE else "there"
     whose = "images of every class" if target == ANYWHERE else "all other images"
     said = f"{in_words(one)[0].upper()}{in_words(one)[1:]} sends {percent(one.reach.item())} of {whose} {where}"
-    if scan.reference is not None:
-        other = scan.reference[family].select(scan.reference[family].targets == target)
-        said += f" (on a fresh model of the same task {in_words(other)} sends {percent(other.reach.item())})"
     return f"{said}, {excess:.1f} standard deviations from what is usual"
 
 
@@ -227,20 +224,14 @@ def detection_section(found: Detection, classes: Sequence[str], evidence: Eviden
         if evidence:
             row += [f"{after[label]:.1f}" if label in after else ""]
         rows.append(row)
-    fresh = "a fresh model that was taught the suspect's labels of images without a trigger "
-    fresh += f"({percent(scan.agreement)} agreement beyond chance)"
-    if scan.reference is None:
-        where = f"on the suspect model. On {fresh} it was not, since that learned too little to compare with."
-        than = "the suspect's other classes let"
-    else:
-        where, than = f"on the suspect model and on {fresh}.", "its other classes and the fresh model let"
     note = (
-        f"To every class the smallest trigger was searched in several kinds ({kinds(scan)}), {where} Shown is the kind "
-        "that is most unusual for the class."
+        f"To every class the smallest trigger was searched in several kinds ({kinds(scan)}). Shown is the kind that is "
+        "most unusual for the class."
     )
     caption = (
-        f"Excess: how much more easily the class is reached on the suspect than {than} expect, in standard deviations. "
-        f"Above {found.limit:g} the most unusual class counts as a sign, further ones above {found.others:g}."
+        "Excess: how much more easily the class is reached than the suspect's other classes let expect, in standard "
+        f"deviations. Above {found.limit:g} the most unusual class counts as a sign. So do further ones that are "
+        f"nearly as unusual, or above {found.others:g}."
     )
     if treated:
         caption += " After: the excess of a new search on the repaired model."

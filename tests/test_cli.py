@@ -22,14 +22,14 @@ from smi.cli import PER_CLASS, cli
 from smi.compute import asked_precision
 from smi.defenses import IBAU, Erasure
 from smi.detection import Detector
-from smi.erasure import Lessons, Search
+from smi.erasure import Search
 from smi.files import load_tensors, save_tensors
 from smi.gan import PriorConfig, fit_prior
 from smi.inversion import Stabilized, inversions
 from smi.models import save_classifier
 from smi.priors import GAN, save_prior
 
-QUICK = Detector(search=Search(families=("additive",), steps=1, restarts=1), lessons=Lessons(steps=2, batch_size=8))
+QUICK = Detector(search=Search(families=("additive",), steps=1, restarts=1))
 COMMANDS = ["demo", "remove", "fit-prior", "invert", "score", "evaluate"]
 
 

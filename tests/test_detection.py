@@ -10,25 +10,23 @@ from click.testing import CliRunner
 from test_devices import there  # noqa: F401  a fixture
 from test_erasure_defense import found
 from tiny import TinyPrior, noise, tiny_model
-from torch import nn
 
 from smi.analysis.detected import DETECTION_COLUMNS
 from smi.classifiers import TrainConfig, train_classifier
 from smi.cli import cli
 from smi.detection import Detection, Detector, detect
 from smi.domains import PrivateSet, PublicImages, Samples
-from smi.erasure import ANYWHERE, Lessons, Scan, Search
-from smi.erasure.student import _seeded, fresh
+from smi.erasure import ANYWHERE, Scan, Search
 from smi.errors import InputError
 from smi.report import detection_verdict, removal_page, removal_verdict
 
-QUICK = Detector(search=Search(families=("additive",), steps=2, restarts=1), lessons=Lessons(steps=3, batch_size=8))
+QUICK = Detector(search=Search(families=("additive",), steps=2, restarts=1))
 SOME = Samples(noise(20, 1, 8, 8), torch.arange(20) % 3, 3, "smi")
 
 
-def detection(sizes, *, reached=None, student=None):
+def detection(sizes, *, reached=None):
     """What a detector says of classes that take triggers of these sizes."""
-    scan = Scan([found(sizes)], None if student is None else [found(student)], 0.9 if student else 0.2)
+    scan = Scan([found(sizes)])
     said = Detector().judge(scan)
     return said if reached is None else Detection(scan, reached, said.limit, said.others)
 
@@ -56,7 +54,7 @@ def test_a_backdoor_is_told_from_none(striped):
     stamped = images.clone()
     stamped[:, :, -8:, -8:] = torch.eye(8)
     assert (backdoored(stamped).argmax(1) == 0).float().mean() > 0.95
-    config = Detector(search=Search(families=("masked",), steps=30, restarts=1), lessons=Lessons(steps=2))
+    config = Detector(search=Search(families=("masked",), steps=30, restarts=1))
     samples = Samples(images[:60], torch.arange(60) % KINDS, KINDS, "clean")
     suspicious, sound = (detect(model, samples, config=config, seed=3) for model in (backdoored, clean))
     assert suspicious.reached[0] == 0
@@ -84,47 +82,6 @@ def test_it_runs_where_the_model_is(there):  # noqa: F811
     away, here = (detect(model, SOME, public, QUICK, seed=2) for model in (tiny_model().to(there), tiny_model()))
     assert torch.equal(away.scan.found[0].size, here.scan.found[0].size)
     assert away.record() == here.record()
-
-
-def test_the_student_has_nothing_of_the_suspect():
-    class Own(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.scale = nn.Parameter(torch.arange(6.0))
-
-    suspect = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), Own())
-    suspect[1].running_mean += 3
-    fresh = seeded(suspect)
-    for name, value in suspect.state_dict().items():
-        if name != "1.num_batches_tracked" and value.std() > 0:
-            assert not torch.equal(value, fresh.state_dict()[name]), name
-    assert torch.equal(fresh[1].running_mean, torch.zeros(6))
-    again = seeded(suspect)
-    assert all(torch.equal(v, again.state_dict()[k]) for k, v in fresh.state_dict().items())
-
-
-def seeded(model):
-    with _seeded(1, "fresh", torch.device("cpu")):
-        return fresh(model)
-
-
-def test_a_layer_that_resets_only_some_of_its_weights_is_new_all_the_same():
-    class Half(nn.Linear):
-        def reset_parameters(self):
-            nn.init.zeros_(self.bias)
-
-    layer = Half(6, 4)
-    nn.init.normal_(layer.weight)
-    fresh = seeded(layer)
-    assert not torch.equal(fresh.weight, layer.weight)
-    assert not fresh.bias.any()
-
-
-def test_dropout_is_drawn_from_the_seed():
-    model = tiny_model()
-    model.body.append(nn.Dropout(0.5))
-    first, again = (detect(model, SOME, None, QUICK, seed=2).scan.agreement for _ in range(2))
-    assert first == again
 
 
 def test_pieces_that_do_not_fit_are_refused_before_work():
@@ -156,7 +113,7 @@ def test_the_verdict_and_its_reasons():
     assert not few.conclusive
     assert "cannot be said" in detection_verdict(few, names)
     every = [0, 1, 2, 3, ANYWHERE]
-    anywhere = Scan([found([4.0] * 4 + [1.0], targets=every)], [found([4.0] * 5, targets=every)])
+    anywhere = Scan([found([4.0] * 4 + [1.0], targets=every)])
     said = Detector().judge(anywhere)
     assert said.reached == [ANYWHERE]
     assert "any other class is reached unusually easily" in detection_verdict(said, names)
@@ -192,7 +149,7 @@ def test_a_study_of_it_is_kept_beside_the_cells(small, store, monkeypatch):
     assert head == ",".join(DETECTION_COLUMNS)
     assert rows
     assert all(",none," in row for row in rows)  # there are no victims yet
-    assert all(",0,other," in row for row in rows)
+    assert all(row.endswith(",0,other") for row in rows)
     assert "victims were not ready" in done.output
     assert len(list((store.results / "detections").iterdir())) == len(rows)
     refused = CliRunner().invoke(cli, ["study", "detect", str(small), *where, "--csv", str(csv)])

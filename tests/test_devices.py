@@ -22,7 +22,6 @@ from smi.defenses.base import Schedule
 from smi.detection import Detector
 from smi.domains import PrivateSet, PublicImages
 from smi.erasure.search import Search
-from smi.erasure.student import Lessons
 from smi.erasure.tune import Tuning
 from smi.errors import InputError
 from smi.evaluation import Evaluator
@@ -40,7 +39,7 @@ OTHERS = {
     "ftsam": FTSAM(schedule=FAST),
     "clp": CLP(u=0.5),
     "erasure": Erasure(
-        detector=Detector(search=Search(steps=3, restarts=2, probe=1), lessons=Lessons(steps=3)),
+        detector=Detector(search=Search(steps=3, restarts=2, probe=1)),
         tuning=Tuning(steps=3),
         targets=(1, 2),
     ),

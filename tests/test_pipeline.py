@@ -14,11 +14,11 @@ from smi.classifiers import TrainConfig
 from smi.defenses import Erasure
 from smi.detection import Detector
 from smi.domains import Domain, PrivateData, PrivateSet, PublicImages
-from smi.erasure import Lessons, Search, Tuning
+from smi.erasure import Search, Tuning
 from smi.inversion import Stabilized, invert
 from smi.pipeline import HELD_OUT, Clock, DemoConfig, held_out_samples, pseudo_labelled, run_demo
 
-QUICK = Detector(search=Search(families=("additive", "warped"), steps=2, restarts=1), lessons=Lessons(steps=2))
+QUICK = Detector(search=Search(families=("additive", "warped"), steps=2, restarts=1))
 DEFENSE = Erasure(detector=QUICK, tuning=Tuning(steps=2), targets=(1,))
 INVERSION = smi.Stabilized(steps=4, lr=0.05)
 SELECTION = smi.Selection(oversample=2, k=2)

@@ -29,12 +29,12 @@ NONE = "none"  # the attack on a clean model
 CONFIG = Detector()
 
 DETECTION_COLUMNS = (
-    "domain", "attack", "seed", "asr", "excess_target", "excess_most", "most", "flagged", "student_agrees"
+    "domain", "attack", "seed", "asr", "excess_target", "excess_most", "most", "flagged"
 )  # fmt: skip
 """attack: "none" for a clean model. asr: attack success of the victim. excess_target, excess_most: the largest excess
 in any family (`Scan.excess`) of the attacker's class (of the largest, where every class is a target) and of the class
 where it is largest, "most"; -1 there stands for "anywhere". flagged: "target" where the attacker's class is a sign,
-"other" where only others are, "no" where none is. student_agrees: `Scan.agreement`."""
+"other" where only others are, "no" where none is."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def _measure(model: _Model, store: Store) -> Row:
     given = Given(model=net, prior=prior, public=domain.public, per_class=cell.per_class, seed=cell.seed)
     found = detect(net, make_samples("smi", given), domain.public, CONFIG, seed=cell.seed)
     row: Row = {"domain": cell.place.domain, "attack": NONE if model.clean else cell.attack_name, "seed": model.seed}
-    return row | {"asr": asr, "student_agrees": found.scan.agreement} | _excess(found, targets)
+    return row | {"asr": asr} | _excess(found, targets)
 
 
 def _loaded(model: _Model, store: Store, domain: Domain) -> tuple[nn.Module, list[int], float | None]:

@@ -1,16 +1,16 @@
 """Erasure: find triggers, erase their directions, tune a little; where nothing is unusual, do nothing.
 
 A trigger moves the features, the input of the last linear layer, along few directions that natural images hardly use.
-So: search the smallest trigger to every class in several families (`smi.erasure.search`); take the classes that are
-reached unusually easily (`smi.erasure.scan`); take the directions of their triggers out of the last layer in closed
-form (`smi.erasure.head`); train some steps on stamped images that keep their label (`smi.erasure.tune`); search again,
-and go on while something is unusual.
+So: search the smallest trigger to every class in several families (`smi.erasure.search`), on public images where there
+are any (`smi.erasure.natural`); take the classes that are reached unusually easily (`smi.erasure.scan`); take the
+directions of their triggers out of the last layer in closed form (`smi.erasure.head`); train some steps on stamped
+samples that keep their label (`smi.erasure.tune`); search again, and go on tuning while something is unusual.
 """
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +22,13 @@ from smi.detection import Detector
 from smi.domains.base import PublicImages, Samples
 from smi.erasure.directions import directions
 from smi.erasure.head import erase, features, head_of
+from smi.erasure.natural import joined, natural_images, spread_of
 from smi.erasure.scan import Scan, look
 from smi.erasure.search import ANYWHERE, Found
 from smi.erasure.tune import Tuning, tune
 from smi.errors import InputError
 from smi.seeding import stream
 from smi.unfinished import current
-
-STARTS = 4  # of a class that is still unusual after a round
 
 
 @defenses.register("erasure")
@@ -40,8 +39,8 @@ class Erasure(Defense):
     Attributes:
         detector: Which classes are treated: those that it takes for a sign.
         tuning: The steps after erasing.
-        rounds: At most: the first erases one trigger a family and class and tunes; where something stays unusual, the
-            second does so anew with several triggers, and further ones go on tuning with more.
+        rounds: At most. The first erases and tunes. Where something stays unusual, the next go on tuning, with the
+            triggers that were found on the repaired model beside the others.
         targets: Classes to treat whatever is unusual; None to treat those that are.
     """
 
@@ -64,7 +63,8 @@ class Erasure(Defense):
         if unknown:
             raise InputError(f"targets holds {unknown[0]}. Allowed: 0 to {samples.num_classes - 1}.")
         detector, rng = self.detector, stream(seed, "erasure")
-        kept = current().once("scan", rng, lambda: detector.scan(model, samples, public, seed=seed).tensors())
+        natural = natural_images(model, samples, public, seed=seed)
+        kept = current().once("scan", rng, lambda: detector.scan(model, natural, seed=seed).tensors())
         detection = detector.judge(Scan.restored(detector.search.families, kept))
         scan = detection.scan
         treated = detection.reached if self.targets is None else sorted(set(self.targets))
@@ -74,18 +74,13 @@ class Erasure(Defense):
         for number in range(self.rounds):
             if not left:
                 break
-            if number == 0:  # all that leads there; a trigger to anywhere has a direction a class, so not all of those
-                shown = found
-                _erase(repaired, samples, self._unusual_kinds(scan, found) if treated == [ANYWHERE] else found)
-            elif number == 1:  # again from the suspect: to erase twice undoes what was tuned to cancel
-                repaired = copy.deepcopy(model).eval().requires_grad_(True)
-                several = self._several(model, samples, treated, seed + number)
-                shown = self._unusual_kinds(scan, _joined(scan.of(treated), several))
-                _erase(repaired, samples, shown)
-            else:
-                shown = _joined(shown, self._several(repaired, samples, treated, seed + number))
+            if number == 0:
+                shown = self._unusual_kinds(scan, found)
+                _erase(repaired, samples, natural, public, shown)
+            else:  # to erase again would undo what was tuned to cancel
+                shown = _joined(shown, found)
             curve += tune(repaired, samples, public, shown, self.tuning, rng)
-            found = look(frozen(repaired), samples.images, samples.labels, treated, detector.search, seed=seed)
+            found = self._search(repaired, natural, treated, seed + 1 + number)
             unusual = self._unusual(scan, found, treated)
             left = sorted({target for one in unusual for target in one.targets.tolist()})
         evidence = Evidence(detection, treated, found if treated else [], left)
@@ -95,11 +90,8 @@ class Erasure(Defense):
             log["excess_after"] = evidence.excess_after()
         return Repair(repaired, self.name, samples.source, self.settings(), log, evidence=evidence)
 
-    def _several(self, model: nn.Module, samples: Samples, treated: list[int], seed: int) -> list[Found]:
-        """`STARTS` triggers a family of each class. Where the planted one moves the features far, what a single found
-        one misses of its direction is still enough to fool."""
-        config = replace(self.detector.search, restarts=1)
-        return look(frozen(model), samples.images, samples.labels, treated * STARTS, config, seed=seed)
+    def _search(self, model: nn.Module, natural: Samples, treated: list[int], seed: int) -> list[Found]:
+        return look(frozen(model), natural.images, natural.labels, treated, self.detector.search, seed=seed)
 
     def _unusual(self, scan: Scan, found: list[Found], treated: list[int]) -> list[Found]:
         """Those of the triggers on a repaired model that are still unusual."""
@@ -115,12 +107,14 @@ class Erasure(Defense):
         return [one.select(torch.tensor(mask, dtype=torch.bool)) for one, mask in zip(found, kept, strict=True)]
 
 
-def _erase(model: nn.Module, samples: Samples, found: list[Found]) -> None:
+def _erase(
+    model: nn.Module, samples: Samples, natural: Samples, public: PublicImages | None, found: list[Found]
+) -> None:
     """Take the directions of these triggers out of the model's head."""
     head = head_of(model, samples.images[:2])
-    rows = directions(model, head, samples, found)
+    rows = directions(model, head, joined(samples, natural), found)
     if len(rows):
-        erase(head.layer, features(model, head, samples.images), rows)
+        erase(head.layer, features(model, head, spread_of(samples, public)), rows)
 
 
 def _joined(some: list[Found], others: list[Found]) -> list[Found]:

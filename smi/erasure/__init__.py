@@ -2,7 +2,6 @@
 
 from smi.erasure.scan import Scan
 from smi.erasure.search import ANYWHERE, Found, Search
-from smi.erasure.student import Lessons
 from smi.erasure.tune import Tuning
 
-__all__ = ["ANYWHERE", "Found", "Lessons", "Scan", "Search", "Tuning"]
+__all__ = ["ANYWHERE", "Found", "Scan", "Search", "Tuning"]

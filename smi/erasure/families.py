@@ -36,6 +36,10 @@ class Family(Protocol):
         """Of log ease (see `smi.erasure.scan`) over natural classes, a standard deviation: at least that is usual."""
 
     @property
+    def anywhere(self) -> float:
+        """Log ease to get images out of their class by that to the easiest class, without an all-to-all backdoor."""
+
+    @property
     def rough(self) -> bool:
         """Whether what a search finds depends on where it starts, so that several starts are worth while."""
 
@@ -63,6 +67,7 @@ class Additive:
     rate: float = 0.05
     weight: float = 1.0
     spread: float = 0.2
+    anywhere: float = -0.75
     rough: bool = False
     begin: float = 1.0  # norm of the first δ: not 0, where units at a dark border are dead and no gradient points
 
@@ -86,6 +91,7 @@ class Masked:
     rate: float = 0.2
     weight: float = 0.15
     spread: float = 0.35
+    anywhere: float = -0.85
     rough: bool = True
 
     def start(self, count: int, shape: torch.Size, rng: torch.Generator) -> Tensor:
@@ -117,6 +123,7 @@ class Smooth:
     rate: float = 0.06
     weight: float = 4.0
     spread: float = 0.25
+    anywhere: float = -0.65
     rough: bool = False
     grid: int = 6
     begin: float = 0.02
@@ -147,6 +154,7 @@ class Warped:
     rate: float = 0.3
     weight: float = 0.5
     spread: float = 0.2
+    anywhere: float = -0.3
     rough: bool = False
     grid: int = 5
     begin: float = 0.2

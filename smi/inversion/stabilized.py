@@ -59,8 +59,8 @@ class Stabilized(Latent):
 
     @property
     def settled(self) -> int:
-        """The end of the warm-up: the search has found the class, and what is not chosen need not be stabilised."""
-        return math.ceil(self.warmup * self.steps)
+        """A third of the warm-up: the search has found the class, and what is not chosen need not be refined."""
+        return math.ceil(self.warmup * self.steps / 3)
 
     def objective(self, images: Tensor, variable: Tensor, task: Task) -> Tensor:
         """Identity, prior and, after the warm-up, stability."""
