@@ -38,7 +38,7 @@ class Detector:
     """
 
     search: Search = field(default_factory=Search)
-    unusual: float = 2.2
+    unusual: float = 2.6
     others: float = 3.0
 
     def __post_init__(self) -> None:

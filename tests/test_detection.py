@@ -101,7 +101,7 @@ def test_the_verdict_and_its_reasons():
     assert signs.startswith("There are signs of a backdoor: class “<script>” is reached unusually easily.")
     assert "L2 norm 1" in signs
     assert "sends 90.0" in signs
-    assert "above 2.2 is a sign" in signs
+    assert "above 2.6 is a sign" in signs
     more = detection_verdict(detection([1.1, 4.0, 1.0, 4.0, 4.0, 4.0, 4.0]), names)
     assert more.startswith("There are signs of a backdoor: class “<script>”"), "the most unusual gives the reason"
     assert more.endswith("Also unusual: class “c0”.")

@@ -4,7 +4,7 @@ A trigger moves the features, the input of the last linear layer, along few dire
 So: search the smallest trigger to every class in several families (`smi.erasure.search`), on public images where there
 are any (`smi.erasure.natural`); take the classes that are reached unusually easily (`smi.erasure.scan`); take the
 directions of their triggers out of the last layer in closed form (`smi.erasure.head`); train some steps on stamped
-samples that keep their label (`smi.erasure.tune`); search again, and go on tuning while something is unusual.
+images that keep their label (`smi.erasure.tune`); search again, and go on tuning while something is unusual.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from smi.erasure.tune import Tuning, tune
 from smi.errors import InputError
 from smi.seeding import stream
 from smi.unfinished import current
+
+ALIKE = 1 / 3  # of the largest excess in any family: others below it are how the class is reached by nature
 
 
 @defenses.register("erasure")
@@ -64,6 +66,7 @@ class Erasure(Defense):
             raise InputError(f"targets holds {unknown[0]}. Allowed: 0 to {samples.num_classes - 1}.")
         detector, rng = self.detector, stream(seed, "erasure")
         natural = natural_images(model, samples, public, seed=seed)
+        both = joined(samples, natural)
         kept = current().once("scan", rng, lambda: detector.scan(model, natural, seed=seed).tensors())
         detection = detector.judge(Scan.restored(detector.search.families, kept))
         scan = detection.scan
@@ -75,11 +78,11 @@ class Erasure(Defense):
             if not left:
                 break
             if number == 0:
-                shown = self._unusual_kinds(scan, found)
-                _erase(repaired, samples, natural, public, shown)
+                shown = self._kinds(scan, found)
+                _erase(repaired, both, public, shown)
             else:  # to erase again would undo what was tuned to cancel
                 shown = _joined(shown, found)
-            curve += tune(repaired, samples, public, shown, self.tuning, rng)
+            curve += tune(repaired, both, public, shown, self.tuning, rng)
             found = self._search(repaired, natural, treated, seed + 1 + number)
             unusual = self._unusual(scan, found, treated)
             left = sorted({target for one in unusual for target in one.targets.tolist()})
@@ -98,21 +101,23 @@ class Erasure(Defense):
         excess = scan.excess_anywhere(found)[:, None] if treated == [ANYWHERE] else scan.excess(found)
         return [one.select(row > self.detector.unusual) for one, row in zip(found, excess, strict=True)]
 
-    def _unusual_kinds(self, scan: Scan, found: list[Found]) -> list[Found]:
-        """Those of the triggers whose family is unusual for their class on the suspect; all where no family is."""
-        excess = dict(zip([*scan.classes, ANYWHERE], [*scan.excess().T, scan.excess_anywhere()], strict=True))
-        unusual = {label: row > self.detector.unusual for label, row in excess.items()}
-        unusual = {label: row if row.any() else ~row for label, row in unusual.items()}
-        kept = [[bool(unusual[label][place]) for label in one.targets.tolist()] for place, one in enumerate(found)]
+    def _kinds(self, scan: Scan, found: list[Found]) -> list[Found]:
+        """Those of the triggers whose family is about as unusual for their class as any; all where none is unusual.
+
+        To `ANYWHERE` the most unusual alone: it has a direction a class, and more would take natural ones.
+        """
+        excess = dict(zip(scan.classes, scan.excess().T, strict=True))
+        taken = {label: (row >= ALIKE * row.max()) | (row.max() <= 0) for label, row in excess.items()}
+        anywhere = scan.excess_anywhere()
+        taken[ANYWHERE] = anywhere == anywhere.max()
+        kept = [[bool(taken[label][place]) for label in one.targets.tolist()] for place, one in enumerate(found)]
         return [one.select(torch.tensor(mask, dtype=torch.bool)) for one, mask in zip(found, kept, strict=True)]
 
 
-def _erase(
-    model: nn.Module, samples: Samples, natural: Samples, public: PublicImages | None, found: list[Found]
-) -> None:
+def _erase(model: nn.Module, samples: Samples, public: PublicImages | None, found: list[Found]) -> None:
     """Take the directions of these triggers out of the model's head."""
     head = head_of(model, samples.images[:2])
-    rows = directions(model, head, joined(samples, natural), found)
+    rows = directions(model, head, samples, found)
     if len(rows):
         erase(head.layer, features(model, head, spread_of(samples, public)), rows)
 
