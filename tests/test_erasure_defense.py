@@ -263,7 +263,7 @@ def test_public_images_are_as_many_as_are_needed(brightened):
     assert not torch.equal(first, other)
 
 
-def test_triggers_are_erased_of_the_families_that_are_about_as_unusual_as_any():
+def test_triggers_are_erased_of_the_families_that_reach_their_class_more_easily_than_usual():
     sizes = ([4.0, 1.0, 4.0, 4.0, 5.0], [4.0, 1.5, 4.0, 4.0, 5.0], [4.0, 3.9, 4.0, 4.0, 5.0])
     scan = Scan([found(one, family=name) for one, name in zip(sizes, ("additive", "masked", "smooth"), strict=True)])
     assert scan.excess()[:, 1].tolist() == pytest.approx([6.93, 2.80, 0.10], abs=0.01)

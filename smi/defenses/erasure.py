@@ -30,7 +30,7 @@ from smi.errors import InputError
 from smi.seeding import stream
 from smi.unfinished import current
 
-ALIKE = 1 / 3  # of the largest excess in any family: others below it are how the class is reached by nature
+EASIER = 0.5  # excess; a family with less is not what makes a class unusual, and its directions are natural ones
 
 
 @defenses.register("erasure")
@@ -102,12 +102,12 @@ class Erasure(Defense):
         return [one.select(row > self.detector.unusual) for one, row in zip(found, excess, strict=True)]
 
     def _kinds(self, scan: Scan, found: list[Found]) -> list[Found]:
-        """Those of the triggers whose family is about as unusual for their class as any; all where none is unusual.
+        """Those of the triggers by whose family their class is reached more easily than usual; all where by none.
 
         To `ANYWHERE` the most unusual alone: it has a direction a class, and more would take natural ones.
         """
         excess = dict(zip(scan.classes, scan.excess().T, strict=True))
-        taken = {label: (row >= ALIKE * row.max()) | (row.max() <= 0) for label, row in excess.items()}
+        taken = {label: (row > EASIER) | (row.max() <= EASIER) for label, row in excess.items()}
         anywhere = scan.excess_anywhere()
         taken[ANYWHERE] = anywhere == anywhere.max()
         kept = [[bool(taken[label][place]) for label in one.targets.tolist()] for place, one in enumerate(found)]
