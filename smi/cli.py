@@ -140,9 +140,9 @@ def remove(
 
     MODEL is a file of smi's, or a state dict (safetensors, or by torch.save) with --arch, --mean and --std. Nothing in
     it is run. Say --prior, --public or both: without a prior one is trained on the public images, which takes longer
-    than all the rest; with one, public images help accuracy. Says whether there are signs of a backdoor, and why, and
-    writes the repaired weights in the layout that they came in, report.html and report.json, and the prior where it was
-    trained here. What is stopped goes on with --resume.
+    than all the rest; with one, its own images stand in for public ones. Says whether there are signs of a backdoor,
+    and why, and writes the repaired weights in the layout that they came in, report.html and report.json, and the prior
+    where it was trained here. What is stopped goes on with --resume.
 
     The removal searches triggers of several kinds (patterns, patches, smooth patterns, warps), takes the directions in
     which they move the features out of the last layer, and tunes a little. It changes nothing where no class is reached

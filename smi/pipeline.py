@@ -22,8 +22,8 @@ from smi.domains.base import Domain, PublicImages, Samples, check_public
 from smi.erasure import Search
 from smi.evaluation import Comparison, Evaluator, Measurement, clean_control
 from smi.inversion import Inversion, Latent, Stabilized, invert
-from smi.priors import Prior, check_prior
-from smi.seeding import derive
+from smi.priors import Prior, check_prior, random_images
+from smi.seeding import derive, stream
 from smi.sources import pseudo_labelled
 from smi.stability import Selection, kernel_backend
 from smi.threads import threads_of
@@ -31,6 +31,7 @@ from smi.threads import threads_of
 PER_CLASS = 30
 STAGES = ("inversion", "removal")
 HELD_OUT = 5  # a class
+STAND_INS = 2000  # images of the prior, where there are no public ones
 BRIEF = Detector(search=Search(steps=40, restarts=1, images=8))
 """How the demo looks: four removals in one run, each at a quarter of the default's time."""
 
@@ -62,7 +63,8 @@ def remove_backdoor(
     """Remove a backdoor from ``model`` without any clean data.
 
     model: images ``[N, C, H, W]`` in [0, 1] to logits. prior: a generator of public images of that shape. public:
-    unlabelled public images, on which the repaired model is held to the suspect's outputs; worth having, not needed.
+    unlabelled public images, on which triggers are searched and the repaired model is held to the suspect's outputs;
+    where there are none, images that the prior makes of random latents stand in for them.
     checkpoint: a folder for the state of the work, from which it goes on where it was stopped, to the same weights.
     The rest defaults to the project's settings. The model passed in is left as it is. Raises `InputError` before any
     work where the pieces do not fit together.
@@ -84,6 +86,8 @@ def remove_backdoor(
         model, prior, inversion or Stabilized(),
         per_class=per_class, selection=selection or Selection(), seed=seed, checkpoint=at["inversion"],
     )  # fmt: skip
+    if public is None:
+        public = PublicImages(random_images(prior, STAND_INS, stream(seed, "public")))
     repair = defense.repair(model, samples, public, seed=seed, checkpoint=at["removal"])
     return Cleaned(repair.model, samples, repair)
 

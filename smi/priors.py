@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from smi.checkpoints import read_checkpoint
-from smi.checks import check_number, device_of
+from smi.checks import check_number, device_of, evaluating
 from smi.domains.base import fitted
 from smi.errors import InputError, unknown_name
 from smi.files import load_tensors, save_tensors, to_half, to_single
@@ -60,6 +60,15 @@ def check_prior(prior: object) -> None:
 def sample_latents(prior: Prior, n: int, rng: torch.Generator) -> Tensor:
     """``[n, d]`` standard normal latents."""
     return torch.randn(n, prior.latent_dim, generator=rng)
+
+
+@torch.no_grad()
+def random_images(prior: Prior, n: int, rng: torch.Generator) -> Tensor:
+    """``[n, C, H, W]`` in [0, 1] for random latents, on the CPU."""
+    parts = sample_latents(prior, n, rng).split(256)
+    module = prior if isinstance(prior, nn.Module) else nn.Module()
+    with evaluating(module):
+        return torch.cat([prior.generate(z.to(device_of(module))).float().cpu() for z in parts]).clamp(0, 1)
 
 
 class Generator(nn.Module):

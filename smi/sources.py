@@ -17,7 +17,7 @@ from smi.domains.base import PrivateSet, PublicImages, Samples
 from smi.errors import InputError
 from smi.evaluation import clean_control
 from smi.inversion import DeepInversion, Inversion, Latent, Pixel, Stabilized, invert
-from smi.priors import Prior, sample_latents
+from smi.priors import Prior, random_images
 from smi.seeding import stream
 from smi.stability import Selection
 from smi_kernels import Registry
@@ -94,12 +94,9 @@ def _public(given: Given) -> Samples:
     return pseudo_labelled(given.model, given.public, _total(given), seed=given.seed)
 
 
-@torch.no_grad()
 def _random(given: Given) -> Samples:
-    prior = given.own_prior
-    z = sample_latents(prior, _total(given), stream(given.seed, "random"))
-    images = torch.cat([prior.generate(part).float() for part in z.split(256)])
-    return _labelled(given.model, images.clamp(0, 1), "random")
+    images = random_images(given.own_prior, _total(given), stream(given.seed, "random"))
+    return _labelled(given.model, images, "random")
 
 
 def _inverted(method: Inversion, selection: Selection | None = None) -> Callable[[Given], Samples]:

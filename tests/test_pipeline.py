@@ -58,6 +58,24 @@ def test_removal_is_the_same_with_the_private_data_deleted() -> None:
         assert torch.equal(one, other)
 
 
+def test_images_of_the_prior_stand_in_where_there_are_no_public_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown, real = [], type(DEFENSE)._repair
+
+    def repair(self, model, samples, public, seed):  # type: ignore[no-untyped-def]
+        shown.append(public)
+        return real(self, model, samples, public, seed)
+
+    monkeypatch.setattr(type(DEFENSE), "_repair", repair)
+    given = {"inversion": INVERSION, "selection": SELECTION, "defense": DEFENSE, "per_class": 4}
+    for seed in (3, 3, 4):
+        smi.remove_backdoor(tiny_model(), TinyPrior(), **given, seed=seed)  # type: ignore[arg-type]
+    first, again, other = (one.images for one in shown)
+    assert first.shape == (2000, 1, 8, 8)
+    assert 0 <= first.min() < first.max() <= 1
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
 def test_another_seed_gives_another_model() -> None:
     domain = tiny_domain()
     other = smi.remove_backdoor(
