@@ -1,8 +1,8 @@
 """The last linear layer: what it is given, and how directions are taken out of it in closed form.
 
-Let f be the layer's input, μ and Σ its mean and covariance over samples, and the rows of D ``[r, F]`` directions along
-which triggers move f. A projection that forgets them is I − Dᵀ A with A Dᵀ = I, and it moves a sample by Dᵀ A (f − μ).
-Of all such A the one that moves samples least is, by the theorem of Gauss and Markov and in every norm,
+Let f be the layer's input, μ and Σ its mean and covariance over natural images, and the rows of D ``[r, F]`` directions
+along which triggers move f. A projection that forgets them is I − Dᵀ A with A Dᵀ = I, and it moves an image by Dᵀ A (f − μ).
+Of all such A the one that moves images least is, by the theorem of Gauss and Markov and in every norm,
 
     A = G⁻¹ D Σ⁻¹,  G = D Σ⁻¹ Dᵀ.
 
@@ -105,8 +105,8 @@ def features(model: nn.Module, head: Head, images: Tensor, *, batch_size: int = 
 def erase(layer: nn.Linear | nn.Conv2d, natural: Tensor, directions: Tensor) -> None:
     """Take ``directions`` ``[r, F]`` out of a `Head`'s layer, in place.
 
-    natural ``[N, F]``: its inputs on samples. Without a bias nothing can be centred: second moments about 0 are used.
-    Worked out in float64 on the CPU.
+    natural ``[N, F]``: its inputs on natural images (`smi.erasure.natural` says why not on reconstructions). Without a
+    bias nothing can be centred: second moments about 0 are used. Worked out in float64 on the CPU.
     """
     weight, kept, d = (part.cpu().double() for part in (layer.weight.flatten(1), natural, directions))
     mean = kept.mean(0) if layer.bias is not None else torch.zeros_like(kept[0])
