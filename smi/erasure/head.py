@@ -1,8 +1,8 @@
 """The last linear layer: what it is given, and how directions are taken out of it in closed form.
 
 Let f be the layer's input, μ and Σ its mean and covariance over natural images, and the rows of D ``[r, F]`` directions
-along which triggers move f. A projection that forgets them is I − Dᵀ A with A Dᵀ = I, and it moves an image by Dᵀ A (f − μ).
-Of all such A the one that moves images least is, by the theorem of Gauss and Markov and in every norm,
+along which triggers move f. A projection that forgets them is I − Dᵀ A with A Dᵀ = I, and it moves an image by
+Dᵀ A (f − μ). Of all such A the one that moves images least is, by the theorem of Gauss and Markov and in every norm,
 
     A = G⁻¹ D Σ⁻¹,  G = D Σ⁻¹ Dᵀ.
 
