@@ -1,6 +1,11 @@
 """The environment of all tests, and what is said at their end."""
 
 import os
+import signal
+
+# A shell starts what it runs in the background with Ctrl-C ignored; the tests of Ctrl-C need it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before torch is imported, and for all processes that tests start, kernels of notebooks among them. One worker a core
 # and one thread a worker: most tests use one core. Threads that spin while they wait would slow down the other workers.
