@@ -39,7 +39,7 @@ class Detector:
 
     search: Search = field(default_factory=Search)
     unusual: float = 2.6
-    others: float = 3.0
+    others: float = 4.0
 
     def __post_init__(self) -> None:
         check_number("unusual", self.unusual, low=0)

@@ -17,9 +17,8 @@ from smi.checks import check_model
 from smi.classifiers import TrainConfig
 from smi.compute import versions
 from smi.defenses import Defense, Erasure, Repair
-from smi.detection import Detector
+from smi.detection import detect
 from smi.domains.base import Domain, PublicImages, Samples, check_public
-from smi.erasure import Search
 from smi.evaluation import Comparison, Evaluator, Measurement, clean_control
 from smi.inversion import Inversion, Latent, Stabilized, invert
 from smi.priors import Prior, check_prior, random_images
@@ -32,8 +31,6 @@ PER_CLASS = 30
 STAGES = ("inversion", "removal")
 HELD_OUT = 5  # a class
 STAND_INS = 2000  # images of the prior, where there are no public ones
-BRIEF = Detector(search=Search(steps=40, restarts=1, images=8))
-"""How the demo looks: four removals in one run, each at a quarter of the default's time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,7 +158,7 @@ class DemoConfig:
     inversion: Inversion = field(default_factory=Stabilized)
     latent: Inversion = field(default_factory=Latent)
     selection: Selection = field(default_factory=Selection)
-    defense: Defense = field(default_factory=lambda: Erasure(detector=BRIEF))
+    defense: Defense = field(default_factory=Erasure)
 
 
 def run_demo(
@@ -178,11 +175,15 @@ def run_demo(
     victim.to(device)
     evaluator = Evaluator(domain.private.test, attack)
     sources = _sources(domain, prior, victim, config, seed, clock)
-    before = evaluator.measure(victim)
+    before, defense = evaluator.measure(victim), config.defense
+    if isinstance(defense, Erasure) and defense.detection is None:  # the same for every row
+        with clock("detect"):
+            found = detect(victim, sources["smi"][1], domain.public, defense.detector, seed=seed)
+        defense = replace(defense, detection=found)
     rows = []
     for source, (label, samples) in sources.items():
         with clock("repair" if source == "smi" else f"repair/{source}"):
-            repair = config.defense.repair(victim, samples, domain.public, seed=seed)
+            repair = defense.repair(victim, samples, domain.public, seed=seed)
         with clock("evaluate"):
             after = evaluator.measure(repair.model)
         rows.append(Row(source, label, repair.defense, Comparison(before, after), repair))

@@ -199,6 +199,18 @@ def test_what_was_searched_is_not_searched_again(brightened, tmp_path, monkeypat
     assert all(torch.equal(value, after[name]) for name, value in resumed.model.state_dict().items())
 
 
+def test_what_detect_found_is_not_searched_again(few_digits, digits, repair, monkeypatch):
+    victim = load_classifier("digits-badnets")
+    found = smi.detect(victim, few_digits, digits.public, LOOK, seed=3)
+    monkeypatch.setattr(Detector, "scan", None)
+    given = replace(QUICK, detection=found)
+    again = given.repair(victim, few_digits, digits.public, seed=3)
+    assert again.evidence.detection is found
+    after = repair.model.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in again.model.state_dict().items())
+    assert given.settings() == QUICK.settings() == again.settings
+
+
 def test_where_nothing_is_unusual_nothing_is_changed(few_digits, repair, monkeypatch):
     monkeypatch.setattr(Detector, "scan", lambda *args, **options: repair.evidence.detection.scan)
     victim = load_classifier("digits-badnets")
@@ -349,7 +361,7 @@ def test_a_search_draws_alike_on_every_model(few_digits):
 def seen(treated, left, *, targets=None, sizes=(1.0, 4.0, 4.2, 4.1)):
     scan = Scan([found(list(sizes), targets=targets)])
     after = [found([4.0] * len(treated), targets=treated)] if treated else []
-    evidence = Evidence(Detection(scan, treated, 2.6, 3.0), treated, after, left)
+    evidence = Evidence(Detection(scan, treated, 2.6, 4.0), treated, after, left)
     names = tuple(f"<b>{label}" for label in scan.classes)
     model = fake_run.repair(classes=len(names)).model
     return fake_run.removal(

@@ -10,7 +10,8 @@ images that keep their label (`smi.erasure.tune`); search again, and go on tunin
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from smi.checks import check_number
 from smi.compute import frozen
 from smi.defenses.base import Defense, Evidence, Repair, defenses
-from smi.detection import Detector
+from smi.detection import Detection, Detector
 from smi.domains.base import PublicImages, Samples
 from smi.erasure.directions import directions
 from smi.erasure.head import erase, features, head_of
@@ -44,17 +45,26 @@ class Erasure(Defense):
         rounds: At most. The first erases and tunes. Where something stays unusual, the next go on tuning, with the
             triggers that were found on the repaired model beside the others.
         targets: Classes to treat whatever is unusual; None to treat those that are.
+        detection: What `smi.detect` found on this model with the same public images, not to search it again; None to
+            search.
     """
 
     detector: Detector = field(default_factory=Detector)
     tuning: Tuning = field(default_factory=Tuning)
     rounds: int = 3
     targets: tuple[int, ...] | None = None
+    detection: Detection | None = None
 
     name = "erasure"
 
     def __post_init__(self) -> None:
         check_number("rounds", self.rounds, low=1, integer=True)
+
+    def settings(self) -> dict[str, Any]:
+        """The configuration, for the record, without what was found."""
+        found = {"defense": self.name} | asdict(replace(self, detection=None))
+        del found["detection"]
+        return found
 
     def check_fits(self, model: nn.Module, images: Tensor) -> None:
         """The logits must be the output of a linear layer, see `head_of`."""
@@ -67,8 +77,10 @@ class Erasure(Defense):
         detector, rng = self.detector, stream(seed, "erasure")
         natural = natural_images(model, samples, public, seed=seed)
         both = joined(samples, natural)
-        kept = current().once("scan", rng, lambda: detector.scan(model, natural, seed=seed).tensors())
-        detection = detector.judge(Scan.restored(detector.search.families, kept))
+        detection = self.detection
+        if detection is None:
+            kept = current().once("scan", rng, lambda: detector.scan(model, natural, seed=seed).tensors())
+            detection = detector.judge(Scan.restored(detector.search.families, kept))
         scan = detection.scan
         treated = detection.reached if self.targets is None else sorted(set(self.targets))
         repaired, found, left = copy.deepcopy(model).eval().requires_grad_(True), scan.of(treated), treated
