@@ -31,7 +31,7 @@ from smi.errors import InputError
 from smi.seeding import stream
 from smi.unfinished import current
 
-EASIER = 0.5  # excess; a family with less is not what makes a class unusual, and its directions are natural ones
+EASIER = 0.5  # excess: a second family with less is not what makes a class unusual, and its directions are natural
 
 
 @defenses.register("erasure")
@@ -114,12 +114,15 @@ class Erasure(Defense):
         return [one.select(row > self.detector.unusual) for one, row in zip(found, excess, strict=True)]
 
     def _kinds(self, scan: Scan, found: list[Found]) -> list[Found]:
-        """Those of the triggers by whose family their class is reached more easily than usual; all where by none.
-
-        To `ANYWHERE` the most unusual alone: it has a direction a class, and more would take natural ones.
+        """Those of the triggers by whose family their class is reached the most easily, and the second most where that
+        is easier than usual, too. Each direction that is erased costs accuracy. To `ANYWHERE` the first alone: it has a
+        direction a class.
         """
         excess = dict(zip(scan.classes, scan.excess().T, strict=True))
-        taken = {label: (row > EASIER) | (row.max() <= EASIER) for label, row in excess.items()}
+        taken = {}
+        for label, row in excess.items():
+            first, second = row.topk(min(2, len(row))).values[[0, -1]]
+            taken[label] = (row == first) | ((row >= second) & (row > EASIER))
         anywhere = scan.excess_anywhere()
         taken[ANYWHERE] = anywhere == anywhere.max()
         kept = [[bool(taken[label][place]) for label in one.targets.tolist()] for place, one in enumerate(found)]
