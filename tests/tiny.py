@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
+from torch.func import functional_call
 
 from smi.classifiers import Classifier
 from smi.domains import PrivateSet
@@ -104,3 +105,12 @@ def check_repair(defense, samples, public, *, keeps_statistics=True):
     hooks = [h for m in (model, first.model) for k in m.modules() for h in k._forward_hooks]
     assert not hooks, "a hook was left behind"
     return first
+
+
+def runner(model):
+    """Exact float32, where the one in use may be bfloat16."""
+
+    def run(images, parameters=None):
+        return model(images) if parameters is None else functional_call(model, dict(parameters), (images,))
+
+    return run

@@ -21,7 +21,8 @@ def slopes_at(run: Runner, model: nn.Module, images: Tensor, labels: Tensor) -> 
 
     Both inner problems begin along these, and the outer one goes down the first: one pass serves all three.
     """
-    images, weights = images.detach().requires_grad_(), _trainable(model)
+    images = images.detach().requires_grad_()
+    weights = {name: value.detach().clone().requires_grad_() for name, value in model.named_parameters()}
     loss = F.cross_entropy(run(images, weights), labels)
     slope, *slopes = torch.autograd.grad(loss, [images, *weights.values()], materialize_grads=True)
     return loss.detach(), slope, slopes
@@ -70,10 +71,6 @@ def worst_parameters(
         name: (w + radius * w.norm() / g.norm().clamp(min=TINY) * g).detach()
         for (name, w), g in zip(model.named_parameters(), slopes, strict=True)
     }
-
-
-def _trainable(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().clone().requires_grad_() for name, value in model.named_parameters()}
 
 
 def _norms(x: Tensor) -> Tensor:
