@@ -201,14 +201,16 @@ def test_what_was_searched_is_not_searched_again(brightened, tmp_path, monkeypat
 
 def test_what_detect_found_is_not_searched_again(few_digits, digits, repair, monkeypatch):
     victim = load_classifier("digits-badnets")
-    found = smi.detect(victim, few_digits, digits.public, LOOK, seed=3)
+    once, of_five = smi.detect(victim, few_digits, digits.public, LOOK, seed=3), found([4.0] * 5)
     monkeypatch.setattr(Detector, "scan", None)
-    given = replace(QUICK, detection=found)
+    given = replace(QUICK, detection=once)
     again = given.repair(victim, few_digits, digits.public, seed=3)
-    assert again.evidence.detection is found
+    assert again.evidence.detection is once
     after = repair.model.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in again.model.state_dict().items())
     assert given.settings() == QUICK.settings() == again.settings
+    with pytest.raises(smi.InputError, match="detection is of 5 classes, the samples of 10"):
+        replace(QUICK, detection=Detector().judge(Scan([of_five]))).repair(victim, few_digits)
 
 
 def test_where_nothing_is_unusual_nothing_is_changed(few_digits, repair, monkeypatch):

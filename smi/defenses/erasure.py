@@ -78,6 +78,11 @@ class Erasure(Defense):
         natural = natural_images(model, samples, public, seed=seed)
         both = joined(samples, natural)
         detection = self.detection
+        if detection is not None and detection.scan.classes != list(range(samples.num_classes)):
+            raise InputError(
+                f"detection is of {len(detection.scan.classes)} classes, the samples of {samples.num_classes}. "
+                "Give what smi.detect found on this model."
+            )
         if detection is None:
             kept = current().once("scan", rng, lambda: detector.scan(model, natural, seed=seed).tensors())
             detection = detector.judge(Scan.restored(detector.search.families, kept))
