@@ -68,9 +68,9 @@ def remove_backdoor(
 
     >>> import smi
     >>> suspect, prior = smi.load_classifier("digits-badnets"), smi.load_prior("digits")
-    >>> quick = smi.defenses.IBAU(solver=smi.defenses.Published(rounds=1))  # for this example
+    >>> quick = smi.defenses.IBAU(rounds=1)  # for this example
     >>> remove_backdoor(suspect, prior, inversion=smi.Latent(steps=1), defense=quick, per_class=2)
-    Cleaned(Repair(by ibau/published on latent samples), Samples(20 latent images of 10 classes, (1, 32, 32)))
+    Cleaned(Repair(by ibau on latent samples), Samples(20 latent images of 10 classes, (1, 32, 32)))
     """
     check_prior(prior)
     check_public(public, prior.image_shape)

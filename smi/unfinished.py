@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,16 +26,6 @@ EVERY = 30.0
 
 Tensors = dict[str, Tensor]
 AfterStep = Callable[[Callable[[], Tensors]], None]
-
-
-class Stateful(Protocol):
-    """What moves on as work proceeds, and has to be kept with it."""
-
-    def state(self) -> Tensors:
-        """Everything that moved, by name."""
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take up what `state` gave."""
 
 
 class _Halt(BaseException):
@@ -176,25 +166,15 @@ def part(head: str, state: Mapping[str, Tensor]) -> Tensors:
     return {name[len(head) + 1 :]: value for name, value in state.items() if name.startswith(f"{head}.")}
 
 
-Moving = Stateful | torch.Generator
+def states(generators: Sequence[torch.Generator]) -> Tensors:
+    """The states of random generators, numbered."""
+    return {str(index): rng.get_state() for index, rng in enumerate(generators)}
 
 
-def states(moving: Sequence[Moving]) -> Tensors:
-    """The states of several things, numbered."""
-    found: Tensors = {}
-    for index, one in enumerate(moving):
-        found |= named(str(index), {"rng": one.get_state()} if isinstance(one, torch.Generator) else one.state())
-    return found
-
-
-def restore(moving: Sequence[Moving], state: Mapping[str, Tensor]) -> None:
+def restore(generators: Sequence[torch.Generator], state: Mapping[str, Tensor]) -> None:
     """Take up what `states` gave."""
-    for index, one in enumerate(moving):
-        own = part(str(index), state)
-        if isinstance(one, torch.Generator):
-            one.set_state(own["rng"])
-        else:
-            one.restore(own)
+    for index, rng in enumerate(generators):
+        rng.set_state(state[str(index)])
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> Tensors:

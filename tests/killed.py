@@ -23,7 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from smi import files
 from smi.compute import fingerprint_of
-from smi.defenses import IBAU, Robust
+from smi.defenses import FineTune
 from smi.defenses.base import Schedule
 from smi.domains import PublicImages, Samples
 from smi.files import fingerprint
@@ -47,11 +47,11 @@ def inversion(checkpoint):
 
 
 def removal(checkpoint):
-    solver = Robust(schedule=Schedule(rounds=10, distill=10.0), goal=0.3, steps=2, images=6, targets=2)
+    tune = FineTune(schedule=Schedule(rounds=10, batch_size=2, distill=10.0))
     samples = Samples(noise(24, 1, 8, 8, seed=8), torch.arange(24) % 3, 3, "smi")
     public = PublicImages(noise(40, 1, 8, 8, seed=9))
-    repair = IBAU(solver=solver).repair(tiny_model(), samples, public, seed=3, checkpoint=checkpoint, every=0)
-    return fingerprint_of(repair.model) + fingerprint(repair.delta) + json.dumps(repair.log)
+    repair = tune.repair(tiny_model(), samples, public, seed=3, checkpoint=checkpoint, every=0)
+    return fingerprint_of(repair.model) + json.dumps(repair.log)
 
 
 WORK = {"prior": prior, "inversion": inversion, "removal": removal}

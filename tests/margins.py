@@ -53,9 +53,9 @@ FEW = [SETTINGS[0], SETTINGS[3], SETTINGS[4]]
 
 # The tests that train or search something and compare numbers of it.
 TESTS = (
-    "analysis", "analysis_study", "analysis_theorem", "answers", "attacks", "attacks_optimised", "attacks_static",
+    "analysis", "analysis_study", "analysis_theorem", "attacks", "attacks_optimised", "attacks_static",
     "classifiers", "defenses", "defenses_others", "detection", "explorers", "hypergradient",
-    "inversion", "pipeline", "priors", "restarted", "selection", "trial", "universal",
+    "inversion", "pipeline", "priors", "selection", "universal",
 )  # fmt: skip
 SIGNS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 NODES = {ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">="}

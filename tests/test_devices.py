@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 from elsewhere import Away, elsewhere
-from test_unfinished import DEFENSES, METHODS, PUBLIC, SAMPLES
+from test_unfinished import METHODS, PUBLIC, SAMPLES, TUNE
 from tiny import TinyPrior, coded_set, noise, tiny_model
 
 from smi.attacks import BadNets
 from smi.checks import device_of
 from smi.classifiers import TrainConfig, train_classifier
 from smi.compute import precision, predict
-from smi.defenses import ANP, CLP, FTSAM, IBAU, NAD, Erasure, FinePrune, Published, ibau_robust
+from smi.defenses import ANP, CLP, FTSAM, IBAU, NAD, Erasure, FinePrune
 from smi.defenses.base import Schedule
 from smi.detection import Detector
 from smi.domains import PrivateSet, PublicImages
@@ -32,7 +32,8 @@ from smi.study import load_study, stages
 from smi_kernels import stability_scores
 
 FAST = Schedule(rounds=2, batch_size=8, distill=1.0)
-OTHERS = {
+REMOVALS = {
+    "ft": TUNE,
     "fp": FinePrune(schedule=FAST),
     "nad": NAD(schedule=FAST),
     "anp": ANP(schedule=FAST),
@@ -43,7 +44,7 @@ OTHERS = {
         tuning=Tuning(steps=3),
         targets=(1, 2),
     ),
-    "published": IBAU(solver=Published(rounds=2)),
+    "ibau": IBAU(rounds=2),
 }
 
 
@@ -94,13 +95,11 @@ def test_inversion(there, name):
     assert next(model.parameters()).device == there
 
 
-@pytest.mark.parametrize("name", [*DEFENSES, *OTHERS])
+@pytest.mark.parametrize("name", REMOVALS)
 @pytest.mark.parametrize("public", [PUBLIC, None])
 def test_removal(there, name, public, tmp_path):
-    defense = OTHERS[name] if name in OTHERS else DEFENSES[name]
-    ibau_robust._radii.clear()
+    defense = REMOVALS[name]
     here = defense.repair(tiny_model(), SAMPLES, public, seed=3)
-    ibau_robust._radii.clear()
     model = tiny_model().to(there)
     away = defense.repair(model, SAMPLES, public, seed=3, checkpoint=tmp_path / "state")
     assert same(away.model, here.model)

@@ -8,15 +8,14 @@ import warnings
 
 import pytest
 import torch
-from test_unfinished import DEFENSES, SAMPLES, stop_at
+from test_unfinished import SAMPLES, TUNE, stop_at
 from tiny import TinyPrior, noise, tiny_model
 from torch import nn
 
 from smi.compute import fast, precision, predict
 from smi.defenses import FineTune
 from smi.defenses.base import Schedule, following
-from smi.defenses.trial import tried
-from smi.defenses.universal import AWAY, universal
+from smi.defenses.universal import universal
 from smi.interrupts import Stopped, stoppable
 from smi.inversion import Latent, Pixel, Stabilized, invert
 from smi.memory import keep_freed
@@ -118,18 +117,16 @@ def test_memory_that_runs_out_in_the_search_that_is_gone_on_with(tmp_path, monke
 
 
 @pytest.mark.filterwarnings("ignore:out of memory")
-@pytest.mark.parametrize("name", ["robust", "ft"])
-def test_a_removal_in_smaller_parts_goes_on_to_the_same_weights(name, tmp_path):
-    defense = DEFENSES[name]
-    whole = defense.repair(Small(6), SAMPLES, seed=3)
+def test_a_removal_in_smaller_parts_goes_on_to_the_same_weights(tmp_path):
+    whole = TUNE.repair(Small(6), SAMPLES, seed=3)
 
     def stop(model, index):
         if index == 2:
             os.kill(os.getpid(), signal.SIGINT)
 
     with stoppable(), following(stop), pytest.raises(Stopped):
-        defense.repair(Small(6), SAMPLES, seed=3, checkpoint=tmp_path / "state")
-    resumed = defense.repair(Small(6), SAMPLES, seed=3, checkpoint=tmp_path / "state")
+        TUNE.repair(Small(6), SAMPLES, seed=3, checkpoint=tmp_path / "state")
+    resumed = TUNE.repair(Small(6), SAMPLES, seed=3, checkpoint=tmp_path / "state")
     for key, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[key]), key
     assert resumed.log == whole.log
@@ -137,9 +134,9 @@ def test_a_removal_in_smaller_parts_goes_on_to_the_same_weights(name, tmp_path):
 
 def test_a_few_samples_and_one_that_does_not_fit():
     few = SAMPLES.select(torch.arange(4))
-    assert len(DEFENSES["robust"].repair(tiny_model(), few, seed=1).log["loss"]) == 5
+    assert len(TUNE.repair(tiny_model(), few, seed=1).log["loss"]) == 5
     with pytest.warns(RuntimeWarning), pytest.raises(torch.OutOfMemoryError):
-        DEFENSES["ft"].repair(Small(1), SAMPLES, seed=1)
+        TUNE.repair(Small(1), SAMPLES, seed=1)
 
 
 @pytest.mark.filterwarnings("ignore:out of memory")
@@ -150,18 +147,6 @@ def test_removal_in_smaller_parts_is_the_same_removal():
     for name, value in whole.model.state_dict().items():
         assert torch.allclose(value, parts.model.state_dict()[name], atol=1e-5), name
     assert whole.log["loss"] == pytest.approx(parts.log["loss"], abs=1e-5)
-    robust = DEFENSES["robust"].repair(Small(8), SAMPLES, seed=1)
-    assert len(robust.log["loss"]) == 5
-
-
-@pytest.mark.filterwarnings("ignore:out of memory")
-def test_a_trial_step_in_smaller_parts_is_the_same_trial():
-    def trial(model):
-        delta = torch.stack([SAMPLES.images[0], -SAMPLES.images[1], SAMPLES.images[2] / 2])
-        with precision("float32"):
-            return tried(model, SAMPLES.images, SAMPLES.labels, delta, 10.0, 0.5)
-
-    assert 0.2 < trial(Small(1000)) == trial(Small(3)) < 10.0  # neither the first trial nor the last
 
 
 @pytest.mark.filterwarnings("ignore:out of memory")
@@ -169,8 +154,6 @@ def test_the_search_for_perturbations_in_smaller_parts_is_the_same_search():
     def search(model):
         rng = torch.Generator().manual_seed(0)
         with fast(model.eval()) as run:
-            return universal(
-                run, SAMPLES.images, SAMPLES.labels, torch.tensor([AWAY, 0, 1, 2]), radius=1.0, steps=3, rng=rng
-            )
+            return universal(run, SAMPLES.images, SAMPLES.labels, torch.tensor([0, 1, 2]), radius=1.0, steps=3, rng=rng)
 
     assert torch.allclose(search(Small(1000)), search(Small(50)), atol=1e-5)

@@ -11,9 +11,8 @@ from tiny import TinyPrior, noise, tiny_model
 from torch import nn
 
 from smi.compute import precision
-from smi.defenses import IBAU, FineTune, Robust, ibau_robust
+from smi.defenses import FineTune
 from smi.defenses.base import Schedule, following
-from smi.defenses.ibau_restarted import Restarted
 from smi.domains import PublicImages, Samples
 from smi.errors import InputError
 from smi.interrupts import Stopped, stoppable
@@ -32,12 +31,7 @@ METHODS = {
 }
 PUBLIC = PublicImages(noise(40, 1, 8, 8, seed=9))
 SAMPLES = Samples(noise(24, 1, 8, 8, seed=8), torch.arange(24) % 3, 3, "smi")
-FEW = {"goal": 0.3, "steps": 2, "images": 6, "targets": 2}
-DEFENSES = {
-    "robust": IBAU(solver=Robust(schedule=Schedule(rounds=5, distill=10.0, batch_size=8), **FEW)),
-    "restarted": IBAU(solver=Restarted(schedule=Schedule(rounds=5, distill=10.0, batch_size=8), **FEW)),
-    "ft": FineTune(schedule=Schedule(rounds=5, batch_size=8, distill=1.0)),
-}
+TUNE = FineTune(schedule=Schedule(rounds=5, batch_size=8, distill=1.0))
 
 
 def stop_at(monkeypatch, method, call):
@@ -83,13 +77,11 @@ def test_an_inversion_goes_on_to_the_same_images(tmp_path, monkeypatch, name, ca
         assert call + len(second) == total  # what is finished stays so
 
 
-@pytest.mark.parametrize("name", DEFENSES)
 @pytest.mark.parametrize("public", [PUBLIC, None])
 @pytest.mark.parametrize("at", [0, 2, 4])
-def test_a_removal_goes_on_to_the_same_weights(tmp_path, monkeypatch, name, public, at):
-    defense, file = DEFENSES[name], tmp_path / "state"
-    ibau_robust._radii.clear()
-    whole = defense.repair(tiny_model(), SAMPLES, public, seed=3)
+def test_a_removal_goes_on_to_the_same_weights(tmp_path, public, at):
+    file = tmp_path / "state"
+    whole = TUNE.repair(tiny_model(), SAMPLES, public, seed=3)
     rounds = []
 
     def stop(model, index):
@@ -98,19 +90,14 @@ def test_a_removal_goes_on_to_the_same_weights(tmp_path, monkeypatch, name, publ
             os.kill(os.getpid(), signal.SIGINT)
 
     with stoppable(), following(stop), pytest.raises(Stopped):
-        defense.repair(tiny_model(), SAMPLES, public, seed=3, checkpoint=file)
+        TUNE.repair(tiny_model(), SAMPLES, public, seed=3, checkpoint=file)
     assert rounds == list(range(max(2, at + 1)))[: len(rounds)]
-    ibau_robust._radii.clear()
     again = []
-    with monkeypatch.context() as patch:
-        if file.exists() and name != "ft":  # what came before the rounds is not done again
-            patch.setattr(ibau_robust, "natural_radius", None)
-        with following(lambda model, index: again.append(index)):
-            resumed = defense.repair(tiny_model(), SAMPLES, public, seed=3, checkpoint=file)
+    with following(lambda model, index: again.append(index)):
+        resumed = TUNE.repair(tiny_model(), SAMPLES, public, seed=3, checkpoint=file)
     if at:
         assert again == list(range(at, 6))
     assert resumed.log == whole.log
-    assert resumed.delta is whole.delta is None or torch.equal(resumed.delta, whole.delta)
     for name, value in whole.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], value), name
 
@@ -126,14 +113,14 @@ def test_another_works_state_is_refused_and_says_what_differs(tmp_path):
     with pytest.raises(InputError, match="another inversion: lr was"):
         invert(tiny_model(), TinyPrior(), Latent(steps=4, pool=2, lr=1.0), per_class=3, seed=4, checkpoint=file)
     with pytest.raises(InputError, match="no unfinished removal"):
-        DEFENSES["ft"].repair(tiny_model(), SAMPLES, checkpoint=file)
-    DEFENSES["ft"].repair(tiny_model(), SAMPLES, checkpoint=tmp_path / "removal")
+        TUNE.repair(tiny_model(), SAMPLES, checkpoint=file)
+    TUNE.repair(tiny_model(), SAMPLES, checkpoint=tmp_path / "removal")
     for samples, public, what in [
         (SAMPLES.select(torch.arange(20)), None, "images was"),
         (SAMPLES, PUBLIC, "public was None there"),
     ]:
         with pytest.raises(InputError, match=what):
-            DEFENSES["ft"].repair(tiny_model(), samples, public, checkpoint=tmp_path / "removal")
+            TUNE.repair(tiny_model(), samples, public, checkpoint=tmp_path / "removal")
     assert file.read_bytes() == before
 
 
@@ -197,7 +184,7 @@ def test_a_place_in_folders_that_are_not_there_and_the_current_folder(tmp_path, 
 def test_a_repair_within_a_repair_has_a_state_of_its_own(tmp_path):
     outer = Unfinished(tmp_path / "outer", "removal", {})
     with keeping(outer):
-        first = DEFENSES["ft"].repair(tiny_model(), SAMPLES, seed=3)
+        first = TUNE.repair(tiny_model(), SAMPLES, seed=3)
         assert not (tmp_path / "outer").exists()
     assert len(first.log["loss"]) == 5
 

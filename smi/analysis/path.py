@@ -62,7 +62,7 @@ def loss_along_path(
 
     samples, public, seed: as for `Defense.repair`. probes: labelled images, whether the removal uses them or not. Of a
     defense that trains more than once, the last training is followed. Raises `InputError` for one that does not
-    train in rounds (CLP, ANP, the published I-BAU).
+    train in rounds (CLP, ANP, erasure).
     """
     check_model(model, probes.images, probes.num_classes)
     start = {name: value.detach().clone() for name, value in model.named_parameters()}

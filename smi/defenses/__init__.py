@@ -7,10 +7,7 @@ from smi.defenses.erasure import Erasure
 from smi.defenses.fine_pruning import FinePrune
 from smi.defenses.finetune import FineTune
 from smi.defenses.ftsam import FTSAM
-from smi.defenses.ibau import IBAU, RestartedIBAU
-from smi.defenses.ibau_published import Published
-from smi.defenses.ibau_restarted import Restarted
-from smi.defenses.ibau_robust import Robust
+from smi.defenses.ibau import IBAU
 from smi.defenses.nad import NAD
 
 __all__ = [
@@ -23,11 +20,7 @@ __all__ = [
     "Erasure",
     "FinePrune",
     "FineTune",
-    "Published",
     "Repair",
-    "Restarted",
-    "RestartedIBAU",
-    "Robust",
     "Schedule",
     "defenses",
 ]

@@ -42,7 +42,7 @@ class ANP(Defense):
     out again downstream, without which the paper's ε wrecks a small model.
     """
 
-    schedule: Schedule = field(default_factory=lambda: Schedule(rounds=200, lr=0.2, weight_decay=0.0, distill=0.0))
+    schedule: Schedule = field(default_factory=lambda: Schedule(rounds=200, lr=0.2, weight_decay=0.0))
     epsilon: float = 0.4
     alpha: float = 0.2
     steps: int = 1

@@ -26,7 +26,6 @@ from smi.memory import Chunk, halved, halving
 from smi.seeding import stream
 from smi.unfinished import (
     EVERY,
-    Moving,
     Tensors,
     Unfinished,
     current,
@@ -71,8 +70,8 @@ class Repair:
     """The outcome of a removal.
 
     model: the repaired model, in eval mode. defense, source: names for tables. settings: what the defense ran with,
-    what it chose itself included. log: curves and findings by name. delta: universal δ per target found on the suspect
-    model ``[T, C, H, W]``, where the defense looks for them. evidence: of an `Erasure`, what it saw.
+    what it chose itself included. log: curves and findings by name. delta: universal δ's found on the suspect model
+    ``[T, C, H, W]``, where the defense looks for them. evidence: of an `Erasure`, what it saw.
     """
 
     model: nn.Module
@@ -109,9 +108,9 @@ class Defense:
         samples: labelled images (`smi.invert` makes them), or None for a defense that needs none. public: unlabelled
         public images, on which the repaired model is held to the suspect model's own outputs where the defense distils.
         checkpoint: a file for the state, written after a round of training when ``every`` seconds have passed, and when
-        Ctrl-C or SIGTERM end the work; where it exists, the repair goes on from it, to the same weights. I-BAU with its
-        robust solvers and fine-tuning can do that, erasure once it has searched; other defenses begin again. Raises
-        `InputError` for anything else, a `PrivateSet` or an attack above all.
+        Ctrl-C or SIGTERM end the work; where it exists, the repair goes on from it, to the same weights. Fine-tuning
+        can do that, erasure once it has searched; other defenses begin again. Raises `InputError` for anything else, a
+        `PrivateSet` or an attack above all.
         """
         if samples is None and not self.needs_samples:
             check_public(public, None)
@@ -152,15 +151,15 @@ class Schedule:
     """The outer loop that defenses share: AdamW with cosine decay over ``rounds`` passes over the samples.
 
     lr: its rate, lower for large models, see `bearable`. batch_size: samples a step, fewer where a round would have
-    less than three steps. distill: weight of ``KL(suspect ‖ repaired)`` on the unstamped samples and on as many public
-    images a step; 0 switches it off.
+    less than three steps. distill: weight of ``KL(suspect ‖ repaired)`` on the samples and on as many public images a
+    step; 0 switches it off.
     """
 
     rounds: int = 30
     lr: float = 1e-3
     batch_size: int = 100
     weight_decay: float = 0.01
-    distill: float = 1.0
+    distill: float = 0.0
 
     def __post_init__(self) -> None:
         check_number("rounds", self.rounds, low=1, integer=True)
@@ -177,8 +176,7 @@ def recognised(model: nn.Module, public: PublicImages | None) -> PublicImages | 
 
     That is where the mean probability of its top class is below `SURE`: its answers to such images are spread over many
     classes, each change of the weights moves them, and a removal that keeps them keeps all else as well. Seen on a
-    43-class traffic sign model and photographs of other things (mean 0.4, digits beside digits 0.9): I-BAU on clean
-    samples, its δ's all for the target class, left 27 % of a blended trigger with them and 0.5 % without. At most some
+    43-class traffic sign model and photographs of other things (mean 0.4, digits beside digits 0.9). At most some
     thousand of the images are asked.
     """
     if public is None:
@@ -250,15 +248,14 @@ def train_repair(
     seed: int,
     before_round: BeforeRound | None = None,
     after_step: AfterStep | None = None,
-    moving: Sequence[Moving] | None = None,
+    moving: Sequence[torch.Generator] | None = None,
 ) -> tuple[nn.Module, list[float]]:
     """The shared loop. ``loss(run, images, labels)`` is minimised on shuffled batches, in eval mode throughout.
 
     Samples stay on the CPU; a step's go to where the model is. Eval mode keeps BatchNorm statistics, which a few
     hundred samples would spoil. ``before_round(model, round)`` is called before each pass, ``after_step(model)`` after
-    each step. moving: all that ``loss`` and ``before_round`` change, their random generators included; with it the loop
-    goes on from the repair's checkpoint, without it (None) it begins again. Returns the repaired copy and the mean loss
-    of each round.
+    each step. moving: the random generators of ``loss``, where it changes nothing else; with them the loop goes on from
+    the repair's checkpoint, without (None) it begins again. Returns the repaired copy and the mean loss of each round.
     """
     repaired, device = copy.deepcopy(model).eval(), device_of(model)
     lr = bearable(repaired, schedule.lr)
@@ -333,7 +330,7 @@ def bearable(model: nn.Module, lr: float) -> float:
 
     Such a step moves each weight by about ``lr``, a layer by that share of its weights' root mean square, and what the
     model computes by up to the sum of these shares: 0.4 for five convolutions of a few dozen channels at 0.003, 3.5 for
-    ResNet-18, which I-BAU left at chance with it. The sum is kept to `LARGEST_STEP`.
+    ResNet-18. The sum is kept to `LARGEST_STEP`.
     """
     sizes = [p.detach().float().square().mean().sqrt().item() for p in model.parameters() if p.ndim > 1]
     step = sum(lr / size for size in sizes if size)
@@ -341,11 +338,7 @@ def bearable(model: nn.Module, lr: float) -> float:
 
 
 def _warm_cosine(total: int) -> Callable[[int], float]:
-    """Linear warm-up over a tenth of the steps, then cosine decay to zero.
-
-    The first δ's cost the suspect model a loss of ten and more; full-size steps on that wreck its clean behaviour,
-    which a few hundred samples cannot restore.
-    """
+    """Linear warm-up over a tenth of the steps, then cosine decay to zero."""
     warm = max(1, total // 10)
     return lambda step: min(
         (step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * max(0, step - warm) / max(1, total - warm))

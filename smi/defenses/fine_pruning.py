@@ -32,7 +32,7 @@ class FinePrune(Defense):
     then uses all.
     """
 
-    schedule: Schedule = field(default_factory=lambda: Schedule(distill=0.0))
+    schedule: Schedule = field(default_factory=Schedule)
     tolerance: float = 0.02
     held_out: float = 0.3
 

@@ -18,7 +18,7 @@ from smi.seeding import stream
 class FineTune(Defense):
     """Minimise cross-entropy on the samples; with ``schedule.distill`` also stay close to the suspect's outputs."""
 
-    schedule: Schedule = field(default_factory=lambda: Schedule(distill=0.0))
+    schedule: Schedule = field(default_factory=Schedule)
 
     name = "ft"
 

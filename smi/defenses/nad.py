@@ -36,7 +36,7 @@ class NAD(Defense):
     student are trained with the same schedule.
     """
 
-    schedule: Schedule = field(default_factory=lambda: Schedule(lr=2e-3, distill=0.0))
+    schedule: Schedule = field(default_factory=lambda: Schedule(lr=2e-3))
     beta: float = 10.0
     power: float = 2.0
 
