@@ -120,12 +120,14 @@ def status(name: str, out: Path | None, cache: Path | None) -> None:
 def table(
     name: str, out: Path | None, cache: Path | None, csv_file: Path | None, by: tuple[str, ...], force: bool
 ) -> None:
-    """The finished cells as a Markdown table of means and worst values; with --csv all of them as rows."""
-    from smi.files import output_file, write_atomic
-    from smi.study.results import as_csv, as_markdown, read_rows, summarise
+    """The finished cells as a Markdown table of means and worst values; with --csv all of them as rows.
 
-    chosen, store = _open(name, out, cache)
-    rows = read_rows(chosen, store)
+    In place of STUDY a folder with cells of any study may be named.
+    """
+    from smi.files import output_file, write_atomic
+    from smi.study.results import as_csv, as_markdown, summarise
+
+    rows, _ = _rows(name, out, cache)
     if csv_file is not None:
         write_atomic(csv_file if force else output_file(csv_file), as_csv(rows))
     click.echo(as_markdown(summarise(rows, by or ("attack", "source", "defense"))))
@@ -134,20 +136,22 @@ def table(
 @study.command()
 @located
 @click.argument("picture", type=click.Path(path_type=Path, dir_okay=False))
-@click.option("--defense", default="ibau", show_default=True)
+@click.option("--defense", default="erasure", show_default=True)
 @click.option("--force", is_flag=True, help="Overwrite the picture.")
 def plot(name: str, out: Path | None, cache: Path | None, picture: Path, defense: str, force: bool) -> None:
-    """A picture (.png, .svg, .pdf) of the attack success left and the accuracy lost with one defense."""
+    """A picture (.png, .svg, .pdf) of the attack success left and the accuracy lost with one defense.
+
+    In place of STUDY a folder with cells of any study may be named.
+    """
     from smi.errors import InputError
     from smi.files import output_file
     from smi.study.plot import plot_rates
-    from smi.study.results import read_rows
 
-    chosen, store = _open(name, out, cache)
-    rows = [row for row in read_rows(chosen, store) if row["defense"] == defense]
+    rows, order = _rows(name, out, cache)
+    rows = [row for row in rows if row["defense"] == defense]
     if not rows:
         raise InputError(f"No cell with the defense {defense!r} is finished. Run the study first.")
-    figure = plot_rates(rows, [cell.source for cell in chosen.cells])
+    figure = plot_rates(rows, order)
     figure.savefig(picture if force else output_file(picture), dpi=120)
     click.echo(f"wrote {picture}")
 
@@ -208,6 +212,18 @@ def detect(name: str, out: Path | None, cache: Path | None, csv_file: Path, forc
     rows, missing = detections(chosen, store)
     write_atomic(csv_file, as_csv(rows, DETECTION_COLUMNS))
     click.echo(f"wrote {csv_file}: {len(rows)} rows; {missing} victims were not ready")
+
+
+def _rows(name: str, out: Path | None, cache: Path | None) -> tuple[list[Any], list[str]]:
+    """The rows of a study, or of a folder of cells, and an order of their sources."""
+    from smi.study.results import read_rows, stored
+    from smi.study.spec import shipped
+
+    if name not in shipped() and Path(name).is_dir():
+        rows = [row for _, row in stored(Path(name))]
+        return rows, [row["source"] for row in rows]
+    chosen, store = _open(name, out, cache)
+    return read_rows(chosen, store), [cell.source for cell in chosen.cells]
 
 
 def _open(name: str, out: Path | None, cache: Path | None) -> tuple[Any, Any]:

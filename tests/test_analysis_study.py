@@ -19,7 +19,7 @@ from smi.analysis import (
     figures,
     rank_correlation,
 )
-from smi.analysis.study import sample_sets
+from smi.analysis.study import sample_sets, stored_analysis
 from smi.classifiers import build_classifier
 from smi.cli import cli
 from smi.errors import InputError
@@ -46,7 +46,7 @@ augment = "none"
 
 [[grid]]
 sources = ["clean", "latent", "smi"]
-defenses = ["ibau", "ft"]
+defenses = ["erasure", "ft"]
 
 [[grid]]
 sources = ["none"]
@@ -79,7 +79,7 @@ def studied(tmp_path_factory):
         after = {"acc": 0.8 + index / 100, "asr": 0.1, "ra": 0.5, "der": 0.9}
         record = {"config": cell.config, "n": 12, "before": before, "after": after,
                   "seconds": {"samples": 1.0, "repair": 1.0}}  # fmt: skip
-        done = not (cell.source == "clean" and cell.defense_name == "ibau" and cell.attack_name == "blended")
+        done = not (cell.source == "clean" and cell.defense_name == "erasure" and cell.attack_name == "blended")
         if done:
             write_atomic(store.cell(cell), json.dumps(record))
     return study, store, folder
@@ -88,11 +88,14 @@ def studied(tmp_path_factory):
 def test_a_study_is_analysed_from_what_is_there(studied):
     study, store, folder = studied
     found = sample_sets(study, store)
-    assert (len(found.ready), found.missing) == (3, 3)  # no samples of `latent`, twice; one clean set without its ibau
+    assert (len(found.ready), found.missing) == (
+        3,
+        3,
+    )  # no samples of `latent`, twice; one without erasure
     rows = analyse(study, store)
     assert [(row["attack"], row["source"], row["defense"]) for row in rows] == [
-        ("badnets", "clean", "ibau"), ("badnets", "clean", "ft"), ("badnets", "smi", "ibau"), ("badnets", "smi", "ft"),
-        ("blended", "smi", "ibau"), ("blended", "smi", "ft"),
+        (attack, source, defense) for attack, source in (("badnets", "clean"), ("badnets", "smi"), ("blended", "smi"))
+        for defense in ("erasure", "ft")
     ]  # fmt: skip
     assert all(set(row) == set(ANALYSIS_COLUMNS) for row in rows)
     clean, _, stamped, *_ = rows
@@ -106,6 +109,7 @@ def test_a_study_is_analysed_from_what_is_there(studied):
     assert len(list((store.cache / "judges").iterdir())) == 1  # one seed, one place
     elsewhere = Store(store.results, folder / "another cache")
     assert analyse(study, elsewhere) == rows, "what was measured needs no samples again"
+    assert sorted(map(str, stored_analysis(store.results))) == sorted(map(str, rows)), "nor the study's file"
     for name in ("score_joint", "score_input", "score_parameter", "frechet", "nearest"):
         assert all(math.isfinite(row[name]) and row[name] >= 0 for row in rows), name
     assert {row["score_input"] for row in rows} != {row["score_joint"] for row in rows}
@@ -139,7 +143,7 @@ def rows(sources=("clean", "pixel", "latent", "smi"), attacks=("badnets", "sig")
         for seed in seeds:
             for place, source in enumerate(sources):
                 row = dict.fromkeys(ANALYSIS_COLUMNS, 0.5) | {
-                    "domain": "digits", "attack": attack, "source": source, "defense": "ibau", "seed": seed,
+                    "domain": "digits", "attack": attack, "source": source, "defense": "erasure", "seed": seed,
                 }  # fmt: skip
                 made.append(row | {"frechet": 1.0 + place, "score_joint": 10.0**-place, "der": draw.uniform()})
     return made

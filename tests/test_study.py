@@ -18,7 +18,7 @@ from smi.errors import InputError
 from smi.files import load_tensors
 from smi.study import Store, load_study, read_rows, run_study, stages, summarise
 from smi.study.plot import plot_rates
-from smi.study.results import as_csv, as_markdown, compare, from_csv, outcome
+from smi.study.results import as_csv, as_markdown, compare, from_csv, outcome, stored
 from smi.study.spec import shipped
 
 
@@ -45,19 +45,14 @@ def test_keys_depend_on_the_configuration_alone(small, tmp_path):
 
 
 def test_the_shipped_studies_load():
-    assert shipped() == ["cifar10", "cifar10_firm", "digits", "distillation", "firm", "forgetting", "gtsrb", "quick",
-                         "resnet18", "restarted", "trusted"]  # fmt: skip
+    assert shipped() == ["cifar10", "digits", "gtsrb", "quick", "resnet18"]
     digits = load_study("digits")
-    assert len(digits) == 12 * 3 * (9 + 4 + 1)
+    assert len(digits) == 12 * 3 * (9 + 6 + 1)
     assert min(cell.seed for cell in digits.cells) == 20
     assert max(cell.seed for cell in digits.cells) < 100, "seeds from 100 up are for development"
-    for name in ("distillation", "firm", "forgetting", "restarted", "trusted"):
-        other = load_study(name)
-        assert {cell.samples_key for cell in other.cells} < {cell.samples_key for cell in digits.cells}
-        assert not {cell.key for cell in other.cells} & {cell.key for cell in digits.cells}
+    assert {cell.defense_name for cell in digits.cells} == {"erasure", "ibau", "ft", "anp", "clp"}
     for name, domain, cells, per_class in (
         ("gtsrb", "gtsrb", 4 * 3 * (6 + 1), 12), ("cifar10", "cifar10", 4 * 3 * (6 + 1), 50),
-        ("cifar10_firm", "cifar10", 4 * 3 * (6 + 1), 50),
         ("resnet18", "cifar10", 4 * (2 + 1), 50),
     ):  # fmt: skip
         colour = load_study(name)
@@ -234,10 +229,19 @@ def test_the_commands(small, store, tmp_path):
     assert len(csv.read_text().splitlines()) == 17
     assert runner.invoke(cli, ["study", "table", *where, "--csv", str(csv)]).exit_code == 2
     picture = tmp_path / "picture.png"
-    assert runner.invoke(cli, ["study", "plot", *where, str(picture)]).exit_code == 0
+    assert runner.invoke(cli, ["study", "plot", *where, str(picture), "--defense", "ibau"]).exit_code == 0
     assert picture.stat().st_size > 1000
     assert runner.invoke(cli, ["study", "plot", *where, str(tmp_path / "b.png"), "--defense", "nad"]).exit_code == 2
-    assert len(read_rows(load_study(small), store)) == 16
+    rows = read_rows(load_study(small), store)
+    assert len(rows) == 16
+    small.unlink()
+    store.results.joinpath("damaged.json").write_text("{")
+    assert sorted(map(str, rows)) == sorted(str(row) for _, row in stored(store.results)), "without the study's file"
+    picture.unlink()
+    assert runner.invoke(cli, ["study", "plot", str(store.results), str(picture), "--defense", "ibau"]).exit_code == 0
+    assert picture.stat().st_size > 1000
+    found = runner.invoke(cli, ["study", "table", str(store.results), "--by", "source"])
+    assert "| smi | 8 |" in found.output
 
 
 def test_the_quick_study_from_victims_to_table(tmp_path):

@@ -27,12 +27,12 @@ from smi.errors import InputError
 from smi.files import load_tensors, save_tensors, write_atomic
 from smi.progress import track
 from smi.stability import Selection, score_samples
-from smi.study.results import COLUMNS, Row, outcome, read_rows
+from smi.study.results import COLUMNS, Row, outcome, read_rows, stored
 from smi.study.spec import NO_SAMPLES, Cell, Study, digest
 from smi.study.stages import Store, is_whole, load_victim
 
 JUDGE_SEED = 1000  # is added to the victim's, which stay below it: judge and victim never start from the same weights
-DEFENSE = "ibau"  # a sample set counts once this removal with it is done
+DEFENSE = "erasure"  # a sample set counts once this removal with it is done
 
 MEASURED = (
     "frechet", "nearest", "judge_accuracy",
@@ -68,8 +68,10 @@ def sample_sets(study: Study, store: Store) -> SampleSets:
     ready = []
     for members in cells.values():
         done = tuple(cell for cell in members if outcome(store.cell(cell)) == "done")
-        kept = _samples(members[0], store).exists() and _victim(members[0], store).exists()
-        if (kept or _measurements(members[0], store).exists()) and any(cell.defense_name == DEFENSE for cell in done):
+        first = members[0]
+        kept = _samples(first, store).exists() and _victim(first, store).exists()
+        kept = kept or _measurements(first.samples_key, store.results).exists()
+        if kept and any(cell.defense_name == DEFENSE for cell in done):
             ready.append(done)
     return SampleSets(tuple(ready), len(cells) - len(ready))
 
@@ -83,12 +85,22 @@ def analyse(study: Study, store: Store) -> list[Row]:
     return rows
 
 
-def _measurements(cell: Cell, store: Store) -> Path:
-    return store.results / "analyses" / f"{digest({'samples': cell.samples_key, 'columns': MEASURED})}.json"
+def stored_analysis(folder: Path) -> list[Row]:
+    """`ANALYSIS_COLUMNS` of the cells in ``folder``, of any study (`stored`), whose samples have been measured."""
+    rows = []
+    for config, row in stored(folder):
+        file = _measurements(digest({k: v for k, v in config.items() if k != "defense"}), folder)
+        if file.exists():
+            rows.append(row | kept_row(file, MEASURED, dict))
+    return rows
+
+
+def _measurements(samples_key: str, folder: Path) -> Path:
+    return folder / "analyses" / f"{digest({'samples': samples_key, 'columns': MEASURED})}.json"
 
 
 def _kept_measurements(cell: Cell, store: Store) -> Row:
-    return kept_row(_measurements(cell, store), MEASURED, lambda: _measure(cell, store))
+    return kept_row(_measurements(cell.samples_key, store.results), MEASURED, lambda: _measure(cell, store))
 
 
 def kept_row(file: Path, columns: Sequence[str], measure: Callable[[], Row]) -> Row:

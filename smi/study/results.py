@@ -46,20 +46,29 @@ def errors(study: Study, store: Store) -> list[tuple[str, str]]:
 
 
 def read_rows(study: Study, store: Store) -> list[Row]:
-    """One row a finished cell, with `COLUMNS`; rates in [0, 1], seconds of making the samples and of removal."""
-    rows = []
-    for cell in study.cells:
-        if outcome(store.cell(cell)) != "done":
-            continue
-        record = json.loads(store.cell(cell).read_text(encoding="utf-8"))
-        before, after = record["before"], record["after"]
-        values = (
-            cell.place.domain, cell.attack_name, cell.source, cell.defense_name, cell.seed, record["n"],
-            round(before["acc"], 4), round(before["asr"], 4), round(after["acc"], 4), round(after["asr"], 4),
-            round(after["der"], 4), round(sum(record["seconds"].values()), 1),
-        )  # fmt: skip
-        rows.append(dict(zip(COLUMNS, values, strict=True)))
-    return rows
+    """One row a finished cell of ``study``, with `COLUMNS`; rates in [0, 1], seconds of making the samples and of
+    removal."""
+    return [_read(store.cell(cell))[1] for cell in study.cells if outcome(store.cell(cell)) == "done"]
+
+
+def stored(folder: Path) -> list[tuple[dict[str, Any], Row]]:
+    """Configuration and row of each finished cell in ``folder``, by attack, source, defense and seed.
+
+    Whatever study they are of: also cells of settings and of removals that this version does not have.
+    """
+    found = [_read(file) for file in folder.glob("*.json") if outcome(file) == "done"]
+    return sorted(found, key=lambda pair: [pair[1][name] for name in COLUMNS[:5]])
+
+
+def _read(file: Path) -> tuple[dict[str, Any], Row]:
+    record = json.loads(file.read_text(encoding="utf-8"))
+    config, before, after = record["config"], record["before"], record["after"]
+    values = (
+        config["domain"], config["attack"]["name"], config["source"], config["defense"]["name"], config["seed"],
+        record["n"], round(before["acc"], 4), round(before["asr"], 4), round(after["acc"], 4), round(after["asr"], 4),
+        round(after["der"], 4), round(sum(record["seconds"].values()), 1),
+    )  # fmt: skip
+    return config, dict(zip(COLUMNS, values, strict=True))
 
 
 def as_csv(rows: Iterable[Row], columns: Sequence[str] = COLUMNS) -> str:
