@@ -26,20 +26,22 @@ from smi.defenses.nad import attention_distance, attention_layers
 from smi.domains import PrivateSet, PublicImages, Samples, load_domain
 from smi.errors import InputError
 from smi.evaluation import Evaluator, clean_control
+from smi.models import load_classifier
 
 DISTIL = Schedule(rounds=2, batch_size=12, distill=1.0)
 ALL = {
     "fp": FinePrune(schedule=QUICK),
     "nad": NAD(schedule=DISTIL),
     "anp": ANP(schedule=Schedule(rounds=2, batch_size=12, lr=0.2), tolerance=0.7),
-    "ftsam": FTSAM(schedule=DISTIL),
+    "ftsam": FTSAM(epochs=2, batch_size=12),
     "clp": CLP(u=0.5),
 }
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_repair_changes_a_copy_and_only_a_copy_and_repeats(name) -> None:
-    repair = check_repair(ALL[name], samples(), PublicImages(torch.rand(9, 1, 8, 8, generator=rng(4))))
+    public = PublicImages(torch.rand(9, 1, 8, 8, generator=rng(4)))
+    repair = check_repair(ALL[name], samples(), public, keeps_statistics=name != "ftsam")
     assert repair.defense == name
     assert defenses[name] is type(ALL[name])
 
@@ -76,6 +78,7 @@ def test_only_clp_does_without_samples(name) -> None:
         (NAD, {"beta": -1}),
         (ANP, {"epsilon": -1}),
         (FTSAM, {"rho": -1}),
+        (FTSAM, {"augment": "mirror"}),
         (CLP, {"u": -1}),
     ],
 )
@@ -340,10 +343,10 @@ def test_the_perturbed_gradient_is_the_closed_form_on_a_quadratic() -> None:
 
 
 def test_ft_sam_ends_in_a_flatter_minimum_than_fine_tuning() -> None:
-    s, schedule = samples(48), Schedule(rounds=40, lr=1e-2, batch_size=24, distill=0.0)
-    sharpness = {0.0: 0.0, 1.0: 0.0}
+    s, sharpness = samples(48), {0.0: 0.0, 1.0: 0.0}
     for rho, start in itertools.product(sharpness, range(8)):
-        model = FTSAM(schedule=schedule, rho=rho).repair(tiny_model(seed=start), s).model
+        recipe = FTSAM(rho=rho, epochs=40, batch_size=24, augment="none", smoothing=0.0)
+        model = recipe.repair(tiny_model(seed=start), s).model
 
         def loss(point, model=model):
             return F.cross_entropy(torch.func.functional_call(model, point, (s.images,)), s.labels)
@@ -351,6 +354,31 @@ def test_ft_sam_ends_in_a_flatter_minimum_than_fine_tuning() -> None:
         weights = dict(model.named_parameters())
         sharpness[rho] += (loss(worst(weights, loss, 1.0)) - loss(weights)).item()
     assert sharpness[1.0] < 0.9 * sharpness[0.0], sharpness
+
+
+def test_ft_sam_remembers_the_statistics_of_the_first_pass_alone() -> None:
+    s, model = samples(), tiny_model()
+    expected = copy.deepcopy(model)
+    expected.body[1].train()
+    expected(s.images)
+    found = FTSAM(epochs=1, lr=0.0, augment="none").repair(model, s).model
+    for name, value in expected.body[1].named_buffers():
+        if name != "num_batches_tracked":
+            torch.testing.assert_close(found.body[1].get_buffer(name), value, rtol=1e-2, atol=1e-3)
+            assert not torch.allclose(value, model.body[1].get_buffer(name), rtol=5e-2)
+    assert not any(module.training for module in found.modules())
+
+
+@pytest.mark.slow
+def test_ft_sam_removes_what_fine_tuning_by_its_recipe_leaves() -> None:
+    """The paper's own trend: with ρ = 0 most of the patch is left, with its ρ little."""
+    domain, model = load_domain("digits"), load_classifier("digits-badnets")
+    s, evaluator = clean_control(domain.private.train, per_class=30), Evaluator(domain.private.test, BadNets(target=0))
+    before = evaluator.measure(model)
+    plain, sharp = (evaluator.measure(FTSAM(rho=rho).repair(model, s).model) for rho in (0.0, 2.0))
+    print(f"before {before}, ρ = 0 {plain}, ρ = 2 {sharp}")
+    assert sharp.asr < 0.5 * plain.asr
+    assert sharp.acc > before.acc - 0.03
 
 
 # ---------------------------------------------------------------- CLP

@@ -37,7 +37,7 @@ REMOVALS = {
     "fp": FinePrune(schedule=FAST),
     "nad": NAD(schedule=FAST),
     "anp": ANP(schedule=FAST),
-    "ftsam": FTSAM(schedule=FAST),
+    "ftsam": FTSAM(epochs=2, batch_size=8),
     "clp": CLP(u=0.5),
     "erasure": Erasure(
         detector=Detector(search=Search(steps=3, restarts=2, probe=1)),

@@ -62,7 +62,7 @@ def loss_along_path(
 
     samples, public, seed: as for `Defense.repair`. probes: labelled images, whether the removal uses them or not. Of a
     defense that trains more than once, the last training is followed. Raises `InputError` for one that does not
-    train in rounds (CLP, ANP, erasure).
+    train in rounds (CLP, ANP, I-BAU, erasure).
     """
     check_model(model, probes.images, probes.num_classes)
     start = {name: value.detach().clone() for name, value in model.named_parameters()}
@@ -79,7 +79,7 @@ def loss_along_path(
     with following(look):
         defense.repair(model, samples, public, seed=seed)
     if not losses:
-        raise InputError(f"The defense {defense.name!r} does not train in rounds. Use ft, fp, nad, ftsam or ibau.")
+        raise InputError(f"The defense {defense.name!r} does not train in rounds. Use ft, fp, nad or ftsam.")
     return Path(torch.stack(losses), torch.stack(distances), tuple(start))
 
 

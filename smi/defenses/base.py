@@ -228,7 +228,8 @@ _follower: ContextVar[Follower | None] = ContextVar("follower", default=None)
 
 @contextmanager
 def following(follower: Follower) -> Iterator[None]:
-    """Inside the block `train_repair` calls ``follower(model, round)`` before the first round, 0, and after each.
+    """Inside the block a defense that trains in rounds calls ``follower(model, round)`` before the first, 0, and after
+    each.
 
     The model is the one in training: to be looked at, not changed. A defense that trains twice starts again at 0.
     """
@@ -237,6 +238,11 @@ def following(follower: Follower) -> Iterator[None]:
         yield
     finally:
         _follower.reset(token)
+
+
+def follower() -> Follower:
+    """What is to be called with the model and its round, see `following`."""
+    return _follower.get() or (lambda model, index: None)
 
 
 def train_repair(
@@ -262,7 +268,7 @@ def train_repair(
     optimizer = torch.optim.AdamW(repaired.parameters(), lr, weight_decay=schedule.weight_decay)
     steps = min(max(LEAST_STEPS, len(samples) // schedule.batch_size), len(samples))
     rate = _warm_cosine(schedule.rounds * steps)
-    rng, follow = stream(seed, "repair"), _follower.get()
+    rng, follow = stream(seed, "repair"), follower()
     curve: list[float] = []
 
     def state() -> Tensors:
@@ -302,8 +308,7 @@ def train_repair(
         restore([rng, *(moving or ())], part("moving", left))
         curve += left["loss"].tolist()
         pieces = int(left["pieces"])
-    if follow is not None:
-        follow(repaired, len(curve))
+    follow(repaired, len(curve))
     with unfinished.working() as after_round:
         for index in range(len(curve), schedule.rounds):
             if before_round is not None:
@@ -318,8 +323,7 @@ def train_repair(
                     if after_step is not None:
                         after_step(repaired)
             curve.append(total / steps)
-            if follow is not None:
-                follow(repaired, index + 1)
+            follow(repaired, index + 1)
             after_round(state)
     unfinished.save(state())
     return repaired, curve

@@ -29,7 +29,7 @@ class FinePrune(Defense):
     The paper prunes until clean accuracy falls. Here as many channels go as leave the pruned model agreeing with the
     suspect model on all but a share ``tolerance`` of the held-out samples; that count is found by bisection, which
     takes agreement to fall as more is pruned. held_out: share of the samples in (0, 1) kept for it; the fine-tuning
-    then uses all.
+    then uses all. It is that of `FineTune`, not the paper's.
     """
 
     schedule: Schedule = field(default_factory=Schedule)

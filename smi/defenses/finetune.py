@@ -16,7 +16,11 @@ from smi.seeding import stream
 @defenses.register("ft")
 @dataclass(frozen=True, kw_only=True)
 class FineTune(Defense):
-    """Minimise cross-entropy on the samples; with ``schedule.distill`` also stay close to the suspect's outputs."""
+    """Minimise cross-entropy on the samples; with ``schedule.distill`` also stay close to the suspect's outputs.
+
+    By AdamW on the samples as they are, BatchNorm in eval mode. What papers call fine-tuning is another recipe, that of
+    `FTSAM` with a ρ of 0.
+    """
 
     schedule: Schedule = field(default_factory=Schedule)
 

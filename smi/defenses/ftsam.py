@@ -8,52 +8,102 @@ those of a backdoor's neurons are.
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smi.checks import check_number
-from smi.compute import Runner
-from smi.defenses.base import Defense, Distillation, Repair, Schedule, defenses, train_repair
+from smi.checks import check_number, device_of
+from smi.classifiers import AUGMENTATIONS
+from smi.compute import fast
+from smi.defenses.base import Defense, Repair, defenses, follower
+from smi.defenses.channels import NORMS
 from smi.domains.base import PublicImages, Samples
+from smi.errors import InputError
 from smi.seeding import stream
 
 
 @defenses.register("ftsam")
 @dataclass(frozen=True, kw_only=True)
 class FTSAM(Defense):
-    """Fine-tuning at the worst point of a neighbourhood. rho: its size ρ, as a multiple of the weights' own; 0 is `ft`.
+    """Fine-tuning at the worst point of a neighbourhood of the weights, with the paper's settings for CIFAR-10.
 
-    With ``schedule.distill`` the repaired model, not the perturbed one, is held to the suspect's outputs.
+    SGD with label smoothing and a cosine decay; every BatchNorm normalises by the batch, and learns its statistics
+    again in the first of a step's two passes. Public images are not used. Three details differ from the authors' code:
+    images are shifted but not mirrored, because a mirrored digit or traffic sign is another one or none
+    (``augment="crop_flip"`` is the paper's); one cosine goes over all steps, where theirs has a period of a hundred;
+    and dropout stays off.
+
+    Attributes:
+        rho: ρ, the size of the neighbourhood as a multiple of the weights' own; 0 is fine-tuning by the same recipe.
+        epochs: Passes over the samples. 500 samples make 200 steps.
+        lr: Rate at the first step.
+        momentum: In [0, 1].
+        weight_decay: Of all weights.
+        batch_size: Samples a step, at most: they are cut into equal batches.
+        smoothing: Of the labels, in [0, 1].
+        augment: Of the samples, a name of `smi.classifiers.AUGMENTATIONS`.
     """
 
-    schedule: Schedule = field(default_factory=lambda: Schedule(distill=0.0))
-    rho: float = 0.5
+    rho: float = 2.0
+    epochs: int = 100
+    lr: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    batch_size: int = 256
+    smoothing: float = 0.1
+    augment: str = "crop"
 
     name = "ftsam"
 
     def __post_init__(self) -> None:
-        check_number("rho", self.rho, low=0)
+        for rate in ("rho", "lr", "weight_decay"):
+            check_number(rate, getattr(self, rate), low=0)
+        for share in ("momentum", "smoothing"):
+            check_number(share, getattr(self, share), low=0, high=1)
+        check_number("epochs", self.epochs, low=1, integer=True)
+        check_number("batch_size", self.batch_size, low=2, integer=True)
+        if self.augment not in AUGMENTATIONS:
+            raise InputError(f"augment is {self.augment!r}. Allowed: {', '.join(AUGMENTATIONS)}.")
 
     def _repair(self, model: nn.Module, samples: Samples, public: PublicImages | None, seed: int) -> Repair:
-        distil = Distillation(model, public, stream(seed, "distil"))
-        weights: dict[str, Tensor] = {}
+        repaired, device = copy.deepcopy(model).eval().requires_grad_(True), device_of(model)
+        norms = [module.train() for module in repaired.modules() if isinstance(module, NORMS)]
+        weights: dict[str, Tensor] = dict(repaired.named_parameters())
+        optimizer = torch.optim.SGD(weights.values(), self.lr, self.momentum, weight_decay=self.weight_decay)
+        steps = math.ceil(len(samples) / self.batch_size)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs * steps)
+        rng, augment, follow = stream(seed, "repair"), AUGMENTATIONS[self.augment], follower()
+        curve: list[float] = []
+        follow(repaired, 0)
+        with fast(repaired) as run:
+            for epoch in range(self.epochs):
+                total = 0.0
+                for batch in torch.randperm(len(samples), generator=rng).tensor_split(steps):
+                    images, labels = augment(samples.images[batch], rng).to(device), samples.labels[batch].to(device)
 
-        def before_round(trained: nn.Module, index: int) -> None:
-            weights.update(trained.named_parameters())  # of the copy that the loop trains
+                    def at(point: Mapping[str, Tensor], x: Tensor = images, y: Tensor = labels) -> Tensor:
+                        return F.cross_entropy(run(x, point), y, label_smoothing=self.smoothing)
 
-        def loss(run: Runner, images: Tensor, labels: Tensor) -> Tensor:
-            def at(point: Mapping[str, Tensor]) -> Tensor:
-                return F.cross_entropy(run(images, point), labels)
-
-            value = at(worst(weights, at, self.rho))
-            return value + self.schedule.distill * distil(run, images) if self.schedule.distill else value
-
-        repaired, curve = train_repair(model, samples, self.schedule, loss, seed=seed, before_round=before_round)
-        return Repair(repaired, self.name, samples.source, self.settings(), {"loss": curve})
+                    point = worst(weights, at, self.rho)
+                    momenta = [norm.momentum for norm in norms]
+                    for norm in norms:
+                        norm.momentum = 0.0  # what is normalised at the worst point is not remembered
+                    loss = at(point)
+                    for norm, momentum in zip(norms, momenta, strict=True):
+                        norm.momentum = momentum
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                    schedule.step()
+                    total += loss.item()
+                curve.append(total / steps)
+                follow(repaired, epoch + 1)
+        return Repair(repaired.eval(), self.name, samples.source, self.settings(), {"loss": curve})
 
 
 def worst(

@@ -34,9 +34,9 @@ class IBAU(Defense):
     """I-BAU with the settings of the authors' code, which assume 5,000 samples.
 
     With a few hundred it is here to be compared with, not relied on. It runs in float32 and in eval mode throughout and
-    does not use public images. Two details differ from the authors' code: δ takes ``inner_steps`` steps and is
-    projected after each, where theirs takes one step a batch and is projected once at the end; and each step of the
-    outer level solves the inner problem on its own batch, where theirs keeps to the first.
+    does not use public images. Two details differ from the authors' code: δ takes ``inner_steps`` steps and stays in
+    the ball, where theirs takes one a batch and is projected at the end or not at all; and each step of the outer level
+    has the inner problem of its own batch, where theirs keeps to that of the first.
 
     Attributes:
         rounds: Searches for δ, each followed by a pass over the samples.

@@ -32,8 +32,11 @@ from smi.seeding import derive, stream
 class NAD(Defense):
     """Neural attention distillation. beta: β. power: p. The layers are those of `attention_layers`.
 
-    The attention distance is one of unit vectors, a mean over the images, and lies in [0, √2] a layer. Teacher and
-    student are trained with the same schedule.
+    The attention distance is that of the formula, one of unit vectors, a mean over the images, and lies in [0, √2] a
+    layer. Teacher and student are trained with the same schedule. The schedule, β and the layers are this project's:
+    AdamW on the samples as they are, BatchNorm in eval mode. The authors' code trains by SGD at a rate of 0.1 for 20
+    epochs, BatchNorm in train mode, on cropped and mirrored images, and takes the mean squared difference of the maps
+    of one to three stages, with weights in the thousands.
     """
 
     schedule: Schedule = field(default_factory=lambda: Schedule(lr=2e-3))
