@@ -74,43 +74,31 @@ def stamps(clean: Tensor, stamped: Tensor, columns: Sequence[tuple[str, str]]) -
     return _png(figure)
 
 
-def perturbations(delta: Tensor, titles: Sequence[tuple[str, str]], strongest: int | None) -> bytes:
-    """δ ``[T, C, H, W]``, mean over channels, orange where it darkens and purple where it brightens; one framed."""
-    columns = min(5, len(delta))
-    rows = math.ceil(len(delta) / columns)
-    limit = delta.mean(1).abs().flatten().quantile(0.995).item() or 1.0  # a few pixels must not pale the rest
-    figure = Figure(figsize=(WIDTH, rows * (WIDTH / columns + 0.38)), layout="constrained", facecolor="white")
-    grid = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes in grid:
-        axes.set_axis_off()
-    for index, (axes, one, (name, rates)) in enumerate(zip(grid, delta.mean(1), titles, strict=False)):
-        axes.set_axis_on()
-        axes.set(xticks=[], yticks=[])
-        axes.imshow(one.numpy(), cmap="PuOr", vmin=-limit, vmax=limit)
-        marked = index == strongest
-        axes.set_title(f"{'▶ ' if marked else ''}{label_text(name, 9)}\n{rates}".strip(), fontsize=8, pad=3)
-        for spine in axes.spines.values():
-            spine.set(color=RED if marked else "#999999", linewidth=2.5 if marked else 0.6)
+def pattern(delta: Tensor) -> bytes:
+    """δ ``[C, H, W]``, mean over channels, orange where it darkens and purple where it brightens."""
+    limit = delta.mean(0).abs().flatten().quantile(0.995).item() or 1.0  # a few pixels must not pale the rest
+    figure = Figure(figsize=(WIDTH / 2, WIDTH / 2), layout="constrained", facecolor="white")
+    axes = figure.subplots()
+    axes.set(xticks=[], yticks=[])
+    axes.imshow(delta.mean(0).numpy(), cmap="PuOr", vmin=-limit, vmax=limit)
     return _png(figure)
 
 
-def curves(panels: Mapping[str, Mapping[str, Sequence[float]]], unit: str = "round") -> bytes:
-    """One panel a quantity, one line a run, over the rounds (or another ``unit``)."""
-    figure = Figure(figsize=(WIDTH, 0.4 + 1.7 * len(panels)), layout="constrained", facecolor="white")
-    every = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
-    for axes, (quantity, lines) in zip(every, panels.items(), strict=True):
-        for (name, values), (colour, marker, dash) in zip(lines.items(), STROKES, strict=False):
-            rounds = range(1, len(values) + 1)
-            step = max(1, len(values) // 8)
-            axes.plot(rounds, values, color=colour, marker=marker, ls=dash, markevery=step, ms=4, lw=1.4, label=name)
-        axes.set_title(quantity, fontsize=9, loc="left")
-        axes.set_ylim(bottom=0, top=1.05 if quantity.endswith("rate") else None)
-        _plain(axes)
-    every[-1].set_xlabel(unit, fontsize=8)
-    every[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-    if max(len(lines) for lines in panels.values()) > 1:
-        handles, names = every[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+def curves(lines: Mapping[str, Sequence[float]], unit: str = "round") -> bytes:
+    """The loss of each run over the rounds (or another ``unit``)."""
+    figure = Figure(figsize=(WIDTH, 2.1), layout="constrained", facecolor="white")
+    axes = figure.subplots()
+    for (name, values), (colour, marker, dash) in zip(lines.items(), STROKES, strict=False):
+        rounds = range(1, len(values) + 1)
+        step = max(1, len(values) // 8)
+        axes.plot(rounds, values, color=colour, marker=marker, ls=dash, markevery=step, ms=4, lw=1.4, label=name)
+    axes.set_title("loss", fontsize=9, loc="left")
+    axes.set_ylim(bottom=0)
+    _plain(axes)
+    axes.set_xlabel(unit, fontsize=8)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if len(lines) > 1:
+        figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     return _png(figure)
 
 

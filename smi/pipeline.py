@@ -99,7 +99,7 @@ def held_out_samples(model: nn.Module, prior: Prior, *, seed: int = 0, checkpoin
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One line of the demo's table: what the samples were, which defense and solver, and what the evaluator found."""
+    """One line of the demo's table: what the samples were, which defense, and what the evaluator found."""
 
     source: str
     label: str

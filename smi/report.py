@@ -34,8 +34,8 @@ from smi.sections import (
     kinds,
     most_unusual,
     named,
+    pattern_section,
     percent,
-    perturbations_section,
     reason,
     reconstructions_section,
     record_section,
@@ -151,7 +151,7 @@ def demo_page(demo: Demo) -> str:
         *([] if evidence is None else [detection_section(evidence.detection, classes, evidence)]),
         triggers_section(demo.victim, smi.repair, demo.samples, classes),
         reconstructions_section(demo.samples, classes),
-        perturbations_section(smi.repair, classes),
+        pattern_section(smi.repair),
         curves_section(runs),
         time_section(demo.stages, threads_of(demo.victim)),
         record_section(demo.settings, versions()),
@@ -166,9 +166,9 @@ def removal_page(removal: Removal) -> str:
         paragraph(removal_verdict(removal), "verdict"),
         *([] if detection is None else [detection_section(detection, classes, cleaned.repair.evidence)]),
         triggers_section(removal.suspect.model, cleaned.repair, cleaned.samples, classes),
-        defender_section(removal.agreement, removal.stability, cleaned.repair, removal.judged, classes),
+        defender_section(removal.agreement, removal.stability, removal.judged, classes),
         reconstructions_section(cleaned.samples, classes),
-        perturbations_section(cleaned.repair, classes),
+        pattern_section(cleaned.repair),
         curves_section({cleaned.samples.source: cleaned.repair}),
         time_section(removal.stages, threads_of(removal.suspect.model), resumed=bool(removal.settings.get("resumed"))),
         record_section(removal.settings, versions()),
@@ -194,7 +194,7 @@ def verdict(demo: Demo) -> str:
 
 def removal_verdict(removal: Removal) -> str:
     """What a defender can tell: whether there are signs of a backdoor and why, and what the removal did."""
-    log, same = removal.cleaned.repair.log, percent(removal.agreement.float().mean().item())
+    same = percent(removal.agreement.float().mean().item())
     evidence, names = removal.cleaned.repair.evidence, removal.suspect.classes
     if evidence is not None:
         kind = "" if removal.held_out is None else "held-out "
@@ -203,16 +203,7 @@ def removal_verdict(removal: Removal) -> str:
     head = "" if removal.detection is None else detection_verdict(removal.detection, removal.suspect.classes) + " "
     kind = "" if removal.held_out is None else "held-out "
     kept = f"the repaired model gives {same} of the {kind}reconstructions the label that the suspect model gave"
-    if not log.get("fooling_before"):
-        return f"{head}Repaired by {defense_name(removal.cleaned.repair.defense)}: {kept}."
-    classes = removal.suspect.classes
-    worst = max(range(len(classes)), key=lambda label: log["fooling_before"][label])
-    return (
-        f"{head}Before the removal one pattern of L2 norm {log['radius']:.2g} sent "
-        f"{percent(log['fooling_before'][worst])} of the other classes' reconstructions to class “{classes[worst]}”. "
-        f"On the repaired model the strongest pattern of that size, for any class, sends "
-        f"{percent(max(log['fooling_after']))}, and {kept}."
-    )
+    return f"{head}Repaired by {defense_name(removal.cleaned.repair.defense)}: {kept}."
 
 
 UNKNOWN = (

@@ -35,10 +35,8 @@ def percent(rate: float) -> str:
 
 
 def defense_name(name: str) -> str:
-    """A defense's name for readers: "ibau/robust" is I-BAU with the robust solver."""
-    family, _, solver = name.partition("/")
-    plain = {"ibau": "I-BAU", "ft": "fine-tuning"}.get(family, family)
-    return f"{plain}, {solver} solver" if solver else plain
+    """A defense's name for readers."""
+    return {"ibau": "I-BAU", "ft": "fine-tuning"}.get(name, name)
 
 
 def result_rows(demo: Demo) -> list[tuple[str, str, list[str]]]:
@@ -100,56 +98,28 @@ def reconstructions_section(samples: Samples, classes: Sequence[str]) -> str:
     return section("Reconstructions", picture(png, alt, caption + _cut(len(classes), len(labels))))
 
 
-def perturbations_section(repair: Repair, classes: Sequence[str]) -> str:
-    """The universal δ's found on the suspect model, with fooling rates before and after."""
+def pattern_section(repair: Repair) -> str:
+    """The universal δ that I-BAU found on the suspect model; nothing for a removal that looks for none."""
     if repair.delta is None:
         return ""
-    before, after = repair.log.get("fooling_before"), repair.log.get("fooling_after")
-    if not before or not after or len(repair.delta) != len(classes):
-        png = figures.perturbations(repair.delta[:MOST_CLASSES], [("", "")] * len(repair.delta), None)
-        return section("What the defender found", picture(png, "The universal pattern found.", _radius(repair)))
-    order = sorted(range(len(classes)), key=lambda label: -before[label])[:MOST_CLASSES]
-    shown, strongest = sorted(order), order[0]
-    titles = [(classes[i], f"{100 * before[i]:.0f} → {100 * after[i]:.0f} %") for i in shown]
-    png = figures.perturbations(repair.delta[shown], titles, shown.index(strongest))
-    alt = (
-        f"One pattern a class. The strongest on the suspect model goes to class {classes[strongest]} and fooled "
-        f"{percent(before[strongest])} of the other classes' samples; a new search on the repaired model reaches "
-        f"{percent(after[strongest])} for that class and {percent(max(after))} at most for any."
-    )
     caption = (
-        f"{_radius(repair)} Above each pattern the class it leads to, and the share of the other classes' samples that "
-        "it sends there: on the suspect model, then with a new search on the repaired one. Framed: the strongest on "
-        "the suspect model." + _cut(len(classes), len(shown))
+        "A pattern that is added to every image alike: orange darkens, purple brightens. Its L2 norm is at most "
+        f"{repair.log['radius']:.1f}."
     )
-    return section("What the defender found", picture(png, alt, caption))
+    png = figures.pattern(repair.delta[0])
+    return section("What the defender found", picture(png, "The universal pattern found.", caption))
 
 
 def curves_section(repairs: Mapping[str, Repair]) -> str:
-    """Loss, and the strongest fooling rate of those removals that measure one, if there are any."""
-    shown = {name: repair for name, repair in repairs.items() if repair.log.get("fooling")}
+    """The loss of those removals that train, if there are any."""
+    shown = {name: repair for name, repair in repairs.items() if repair.log.get("loss")}
     if not shown:
-        shown = {name: repair for name, repair in repairs.items() if repair.log.get("loss")}
-    names = {name: SHORT.get(name, name) for name in shown}
-    panels = {
-        "loss": {names[n]: repair.log["loss"] for n, repair in shown.items() if repair.log.get("loss")},
-        "strongest fooling rate": {names[n]: r.log["fooling"] for n, r in shown.items() if r.log.get("fooling")},
-    }
-    panels = {quantity: lines for quantity, lines in panels.items() if lines}
-    if not panels:
         return ""
-    ends = "; ".join(
-        f"{quantity} of {name} from {values[0]:.2f} to {values[-1]:.2f}"
-        for quantity, lines in panels.items()
-        for name, values in lines.items()
-    )
+    lines = {SHORT.get(name, name): repair.log["loss"] for name, repair in shown.items()}
+    ends = "; ".join(f"loss of {name} from {values[0]:.2f} to {values[-1]:.2f}" for name, values in lines.items())
     unit = "step" if all(repair.evidence for repair in shown.values()) else "round"
-    caption = f"Mean loss of each {unit} of removal"
-    if "strongest fooling rate" in panels:
-        caption += ", and the share of samples that the strongest pattern still fools as the round begins"
-    return section(
-        "How the removal went", picture(figures.curves(panels, unit), f"{len(panels)} curves: {ends}.", caption + ".")
-    )
+    png = figures.curves(lines, unit)
+    return section("How the removal went", picture(png, f"A curve: {ends}.", f"Mean loss of each {unit} of removal."))
 
 
 def time_section(stages: Mapping[str, float], threads: int, *, resumed: bool = False) -> str:
@@ -270,31 +240,25 @@ def _found_trigger(suspect: nn.Module, repair: Repair, label: int, samples: Samp
     return "".join(parts)
 
 
-def defender_section(same: Tensor, stability: tuple[Tensor, Tensor], repair: Repair, samples: Samples,
-                     classes: Sequence[str]) -> str:  # fmt: skip
-    """What can be known without clean data: fooling rates, agreement and stability, a row a class.
+def defender_section(same: Tensor, stability: tuple[Tensor, Tensor], samples: Samples, classes: Sequence[str]) -> str:
+    """What can be known without clean data: agreement and stability, a row a class.
 
     same: bool ``[N]``, whether both models agree on a sample. stability: scores ``[N]`` before and after. samples: what
     they were measured on, the removal's own or "held out" from it.
     """
-    rates = [repair.log.get(key, []) for key in ("fooling_before", "fooling_after")]
-    fooling = all(len(values) == len(classes) for values in rates)
-    head = ["Class", *(["Fooled, before → after"] if fooling else []), "Same label", "Stability, before → after"]
+    head = ["Class", "Same label", "Stability, before → after"]
     rows: list[list[str]] = []
     for label, name in enumerate(classes):
         mine = samples.labels == label
-        shares = " → ".join(f"{100 * values[label]:.0f}" for values in rates) + "\u00a0%" if fooling else ""
         scores = " → ".join(f"{one[mine].median().item():.2g}" for one in stability)
         agreed = f"{100 * same[mine].float().mean().item():.0f}\u00a0%"
-        rows.append([name, *([shares] if fooling else []), agreed, scores])
+        rows.append([name, agreed, scores])
     caption = (
         "Same label: share of the class's reconstructions that both models label alike. Stability: their median score "
         "(lower is more stable)."
     )
     if samples.source == "held out":
         caption += f" Both on {len(samples)} reconstructions that the removal did not use."
-    if fooling:
-        caption = "Fooled: share of the other classes' samples that one small pattern sends to this class. " + caption
     note = (
         "Accuracy and attack success cannot be measured without clean images and the trigger. What a "
         "defender can see is evidence, not proof."
@@ -304,11 +268,6 @@ def defender_section(same: Tensor, stability: tuple[Tensor, Tensor], repair: Rep
 
 def _unit(power: int) -> str:
     return " in units of 10" + str(power).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")) if power else ""
-
-
-def _radius(repair: Repair) -> str:
-    where = "Patterns that are added to every image alike: orange darkens, purple brightens."
-    return f"{where} Their L2 norm is at most {repair.log['radius']:.1f}." if "radius" in repair.log else where
 
 
 def _cut(classes: int, shown: int) -> str:

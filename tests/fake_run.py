@@ -24,12 +24,8 @@ def samples(source="smi", classes=3, scores=True):
 
 
 def repair(source="smi", classes=3, seed=2):
-    log = {
-        "loss": [2.0, 1.5, 1.0], "fooling": [1.0, 0.6, 0.2], "radius": 2.5,
-        "fooling_before": [1.0] + [0.5] * (classes - 1), "fooling_after": [0.1] * classes,
-    }  # fmt: skip
-    model = build_classifier("small_cnn", 1, classes, seed=seed).eval()
-    return Repair(model, "ibau/robust", source, {"defense": "ibau"}, log, noise(classes, 1, 32, 32) - 0.5)
+    model, log = build_classifier("small_cnn", 1, classes, seed=seed).eval(), {"loss": [2.0, 1.5, 1.0], "radius": 2.5}
+    return Repair(model, "ibau", source, {"defense": "ibau"}, log, noise(1, 1, 32, 32) - 0.5)
 
 
 def domain(names=NASTY):
@@ -43,7 +39,7 @@ def demo(names=NASTY, after=(0.97, 0.01, 0.95)):
     tuned = Repair(build_classifier("small_cnn", 1, n).eval(), "ft", "public", {"defense": "ft"}, {"loss": [1.0, 0.5]})
     rows = [Row("public", "public images, pseudo-labels", "ft", Comparison(before, Measurement(0.9, 0.5, 0.4)), tuned)]
     for source, label in (("latent", "latent inversion"), ("smi", "SMI, no clean data"), ("clean", "clean samples")):
-        rows.append(Row(source, label, "ibau/robust", Comparison(before, Measurement(*after)), repair(source, n)))
+        rows.append(Row(source, label, "ibau", Comparison(before, Measurement(*after)), repair(source, n)))
     stages = {"train": 3.0, "invert": 2.0, "invert/latent": 1.0, "repair": 2.5, "evaluate": 0.1}
     settings = {"train": {"arch": "small_cnn"}, "note": "</pre><img src=http://example.org/x>", "odd": (1, None)}
     victim = build_classifier("small_cnn", 1, n, seed=1).eval()

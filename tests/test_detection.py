@@ -123,7 +123,7 @@ def test_the_report_shows_it_and_escapes_names():
     run = fake_run.removal()
     assert "Is there a backdoor?" not in removal_page(run)
     plain = removal_verdict(run)
-    assert plain.startswith("Before the removal one pattern of L2 norm 2.5 sent 100.0")
+    assert plain.startswith("Repaired by I-BAU")
     run = fake_run.removal(("<script>alert(1)</script>", "b", "c", "d"))
     plain = removal_verdict(run)
     object.__setattr__(run, "detection", detection([1.0, 4.0, 4.0, 4.0]))

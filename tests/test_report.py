@@ -99,7 +99,7 @@ def test_pictures_are_opaque(html):
 
 def test_the_demo_page_says_what_was_found(demo):
     text = Page(demo_page(demo)).text
-    for wanted in (verdict(demo), "98.1", "99.9", "fine-tuning", "I-BAU, robust solver", "A removal alone", "torch"):
+    for wanted in (verdict(demo), "98.1", "99.9", "fine-tuning", "I-BAU", "A removal alone", "torch"):
         assert wanted in text
 
 
@@ -129,7 +129,6 @@ def test_weights_that_the_layout_cannot_hold_leave_no_report(tmp_path):
 def test_the_removal_page_claims_no_accuracy():
     page = Page(removal_page(fake_run.removal()))
     assert "cannot be measured" in page.text
-    assert "100 → 10\u00a0%" in page.text
     assert "ASR" not in page.text
 
 
@@ -164,8 +163,8 @@ def test_a_victim_without_a_backdoor_is_called_so(demo):
 @pytest.mark.parametrize("delta", [None, torch.zeros(1, 1, 32, 32)])
 def test_a_defense_that_looks_for_no_class_has_a_page_too(delta):
     model = fake_run.repair().model
-    run = fake_run.removal(found=Repair(model, "ibau/published", "smi", {}, {"loss": [1.0, float("nan")]}, delta))
-    assert removal_verdict(run).startswith("Repaired by I-BAU, published solver")
+    run = fake_run.removal(found=Repair(model, "ibau", "smi", {}, {"loss": [1.0, float("nan")], "radius": 2.5}, delta))
+    assert removal_verdict(run).startswith("Repaired by I-BAU")
     page = Page(removal_page(run))
     assert page.balanced
     assert ("What the defender found" in page.text) == (delta is not None)
