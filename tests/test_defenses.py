@@ -7,13 +7,14 @@ import torch
 from thirds import rng, samples
 from tiny import check_repair, tiny_model
 from torch import nn
+from torch.nn import functional as F
 
 from smi.attacks import BadNets
 from smi.classifiers import build_classifier
 from smi.compute import fast
 from smi.defenses import IBAU, FineTune, Schedule, defenses
 from smi.defenses.base import LARGEST_STEP, Distillation, _warm_cosine, bearable, recognised
-from smi.domains import PrivateSet, PublicImages
+from smi.domains import PrivateSet, PublicImages, Samples
 from smi.errors import InputError
 
 QUICK = Schedule(rounds=2, batch_size=12, distill=1.0)
@@ -98,6 +99,21 @@ def test_distillation_is_zero_for_the_suspect_itself_and_pulls_towards_it() -> N
         different = Distillation(model, public, rng())(run_other, samples().images)
     assert abs(same.item()) < 1e-4
     assert different.item() > 0.1
+
+
+def test_ibaus_delta_stays_in_the_ball_and_raises_the_loss_that_it_then_trains_against() -> None:
+    s, model = samples(), tiny_model()
+
+    def loss(net: nn.Module, delta: torch.Tensor) -> float:
+        return F.cross_entropy(net(s.images + delta), model(s.images).argmax(1)).item()
+
+    for radius in (0.5, 2.0):
+        own = Samples(s.images, model(s.images).argmax(1), 3, "smi")
+        repair = IBAU(rounds=1, radius=radius, lr=0.01, stamped=1.0).repair(model, own)
+        assert repair.delta.shape == (1, 1, 8, 8)
+        assert repair.delta.norm().item() <= radius * 1.0001
+        assert loss(model, repair.delta) > loss(model, 0 * repair.delta)
+        assert loss(repair.model, repair.delta) < loss(model, repair.delta)
 
 
 def test_ibaus_share_never_rounds_to_nothing() -> None:

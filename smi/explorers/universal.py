@@ -1,4 +1,4 @@
-"""How far must all images move, together, before a model calls them what one wants? The inner problem of I-BAU."""
+"""How far must all images move, together, before a model calls them what one wants?"""
 
 from __future__ import annotations
 
