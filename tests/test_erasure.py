@@ -12,9 +12,9 @@ from smi.attacks import WaNet
 from smi.classifiers import build_classifier
 from smi.compute import fast, frozen
 from smi.erasure.directions import directions
-from smi.erasure.families import families
+from smi.erasure.families import changed, families
 from smi.erasure.head import RIDGE, erase, features, head_of
-from smi.erasure.search import PROBED, Search, search
+from smi.erasure.search import PROBED, Found, Search, search
 from smi.erasure.tune import Tuning, tune
 from smi.models import load_classifier
 from smi.seeding import stream
@@ -90,6 +90,73 @@ def test_a_warp_is_wanets():
     coarse = F.interpolate(field.permute(0, 3, 1, 2), size=(5, 5), mode="bilinear", align_corners=True)
     shown = families["warped"].stamp(coarse.reshape(1, 50), images)[0]
     assert (shown - attack.stamp(images)).abs().mean() < 0.25 * (images - attack.stamp(images)).abs().mean()
+
+
+@pytest.mark.parametrize("name", list(families))
+def test_a_random_change_is_each_images_own_and_of_the_families_kind(name):
+    family, grey = families[name], torch.full((40, 2, 32, 32), 0.5)
+    rough = torch.rand(1, 2, 32, 32, generator=torch.Generator().manual_seed(1)).expand(40, -1, -1, -1)
+    for images in (grey, rough):
+        before, rng = images.clone(), torch.Generator().manual_seed(0)
+        shown = family.change(images, rng)
+        assert torch.equal(images, before)
+        assert shown.shape == images.shape
+        assert shown.amin() >= 0
+        assert shown.amax() <= 1
+        assert torch.equal(shown, family.change(images, torch.Generator().manual_seed(0)))
+        off = shown - images
+        if name == "warped":  # moves what is there, and of one grey there is nothing to move
+            assert (off.abs().amax((1, 2, 3)) > 1e-4).all() == (images is rough)
+            continue
+        assert len({tuple(one.flatten().tolist()) for one in shown}) == 40
+        if images is rough:
+            continue
+        if name == "masked":
+            share = (off != 0).any(1).float().mean((1, 2))
+            assert 0 < share.max() <= 3 * family.strength**2
+        else:
+            size = off.square().mean((1, 2, 3)).sqrt()
+            assert 0.6 * family.strength < size.max() <= 1.1 * family.strength
+            assert size.min() < 0.2 * family.strength
+            steps = off[..., 1:] - off[..., :-1]  # from pixel to pixel: large in noise, small in what is smooth
+            assert (steps.square().mean() > off.square().mean()) == (name == "additive")
+
+
+def test_changes_of_all_families_are_mixed():
+    images = torch.full((9, 1, 16, 16), 0.5)
+    shown = changed(images, torch.Generator().manual_seed(0))
+    kept = (shown - images).abs().amax((1, 2, 3)) < 1e-5
+    assert kept.tolist() == [False] * 7 + [True] * 2, "three of noise, two each of patches, smooth patterns and warps"
+    assert changed(images[:2], torch.Generator().manual_seed(0)).shape == (2, 1, 16, 16)
+
+
+# Tuning -------------------------------------------------------------------------------------------------------------
+
+
+def test_random_changes_alone_take_much_of_a_backdoor_and_little_accuracy(digits, few_digits):
+    victim, evaluator = load_classifier("digits-badnets"), smi.Evaluator(digits.private.test, smi.attacks.BadNets())
+    before = evaluator.measure(victim)
+    curve = tune(victim, few_digits, digits.public, [], Tuning(), stream(0, "tune"))
+    after = evaluator.measure(victim)
+    assert len(curve) == 300
+    assert sum(curve[-50:]) < sum(curve[:50])
+    assert before.asr > 0.9
+    assert after.asr < 0.7
+    assert before.acc - after.acc < 0.02
+
+
+def test_a_share_of_the_changes_are_found_triggers(monkeypatch):
+    images, seen = torch.full((16, 1, 8, 8), 0.5), []
+    samples = smi.Samples(images, torch.zeros(16, dtype=torch.long), 2, "clean")
+    monkeypatch.setattr("smi.erasure.tune.changed", lambda some, rng: seen.append(len(some)) or some)
+    monkeypatch.setattr("smi.erasure.tune.stamped", lambda some, labels, *_: seen.append(len(labels)) or some)
+    model, numbers = nn.Sequential(nn.Flatten(), nn.Linear(64, 2)), torch.zeros(1, 64)
+    for target, count in ((1, 4), (None, 0)):
+        one = Found("additive", torch.tensor([1]), numbers, torch.ones(1), torch.ones(1))
+        found = [one] if target else [one.select(torch.tensor([], dtype=torch.long))]
+        seen.clear()
+        tune(model, samples, None, found, Tuning(steps=1, batch_size=16), stream(0, "tune"))
+        assert seen == [count, 16 - count]
 
 
 # The closed form ----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Find triggers, erase their directions from the features, tune a little."""
+"""Find triggers, erase their directions from the features, tune against them and against random changes."""
 
 from smi.erasure.scan import Scan
 from smi.erasure.search import ANYWHERE, Found, Search

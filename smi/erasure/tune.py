@@ -1,8 +1,14 @@
-"""A little tuning after directions were erased: found triggers keep their image's label, all else stays.
+"""Tuning: a model learns to say of changed images what it says of them unchanged.
 
-A trigger that is found is not quite the one that was planted. Where the planted one moves the features far, what the
-found direction misses of it is still enough to fool; a few steps of training on stamped samples take that away. The
-teacher on public images is the *erased* model: the suspect's answers would bring the direction back.
+Two kinds of changes. Those that were found: the triggers that were erased, for a trigger that is found is not quite the
+one that was planted, and where the planted one moves the features far, what the found direction misses of it is still
+enough to fool. And random ones of every kind that is searched for (`Family.change`), which nobody had to find: many a
+backdoor is a narrow response to a pattern, and a model that is held to its own answers under patterns of all sorts
+loses it. The teacher is the model as it was before the first step, so an *erased* one: the suspect's answers would
+bring the direction back. No label is needed, and images of any kind will do.
+
+Kin: Zheng et al., "Improving the Robustness of Deep Neural Networks via Stability Training", CVPR 2016, which holds a
+classifier to its own answers under white noise.
 """
 
 from __future__ import annotations
@@ -18,37 +24,38 @@ from smi.augment import vary
 from smi.checks import check_number, device_of
 from smi.compute import fast, frozen
 from smi.domains.base import PublicImages, Samples
-from smi.erasure.families import families
+from smi.erasure.families import changed, families
 from smi.erasure.search import Found
+from smi.progress import track
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
     """Attributes:
-    steps: Of SGD.
-    lr: Its rate.
+    steps: Of SGD. Its rate falls linearly to nothing.
+    lr: Its rate at first.
     momentum: Its momentum.
-    clip: Largest L2 norm of a step's gradient. Stamped images begin with a loss of ten and more.
-    batch_size: Samples a step, and as many public images.
-    stamped: Share in [0, 1] of the samples that carry a found trigger.
-    distill: Weight of ``KL(erased ‖ tuned)`` on public images.
+    clip: Largest L2 norm of a step's gradient.
+    batch_size: Images a step, half of them public where there are any. Each is shown unchanged and changed.
+    found: Share in [0, 1] of the changes that are found triggers, where there are any. The others are random.
+    still: Weight of the unchanged images, that of the changed ones being 1.
     """
 
-    steps: int = 30
-    lr: float = 0.002
+    steps: int = 300
+    lr: float = 0.03
     momentum: float = 0.9
     clip: float = 1.0
     batch_size: int = 64
-    stamped: float = 0.5
-    distill: float = 5.0
+    found: float = 0.25
+    still: float = 3.0
 
     def __post_init__(self) -> None:
         for whole in ("steps", "batch_size"):
             check_number(whole, getattr(self, whole), low=1, integer=True)
-        for rate in ("lr", "clip", "distill"):
+        for rate in ("lr", "clip", "still"):
             check_number(rate, getattr(self, rate), low=0)
         check_number("momentum", self.momentum, low=0, high=1)
-        check_number("stamped", self.stamped, low=0, high=1)
+        check_number("found", self.found, low=0, high=1)
 
 
 def tune(
@@ -62,33 +69,32 @@ def tune(
     """Tune ``model`` in place, in eval mode throughout: BatchNorm keeps its statistics.
 
     Args:
-        model: The erased model.
-        samples: Labelled images.
-        public: Unlabelled ones, on which the erased model is the teacher; None for no distillation.
-        found: The triggers that were erased.
+        model: The erased model, or any other.
+        samples: Images of its classes. Their labels are not used.
+        public: Public images, or None.
+        found: Triggers that were erased; none will do.
         config: See `Tuning`.
-        rng: Draws batches and triggers.
+        rng: Draws batches, triggers and changes.
 
     Returns:
         The loss of each step.
     """
     teacher, device = frozen(model), device_of(model)
+    pools = [samples.images] if public is None else [samples.images, public.images]
     optimizer = torch.optim.SGD(model.parameters(), config.lr, momentum=config.momentum)
+    weights = torch.tensor([config.still, 1.0]) / (1 + config.still)
     curve = []
-    with fast(model) as run:
-        for _ in range(config.steps):
-            chosen = torch.randint(len(samples), (config.batch_size,), generator=rng)
-            images, labels = samples.images[chosen], samples.labels[chosen]
-            count = round(config.stamped * len(images)) if found else 0
-            images = torch.cat([stamped(images[:count], labels[:count], found, rng), images[count:]])
-            loss = F.cross_entropy(run(images.to(device)), labels.to(device))
-            if public is not None and config.distill:
-                drawn = public.images[torch.randint(len(public), (config.batch_size,), generator=rng)]
-                shown = vary(drawn.to(device), rng)
-                with torch.no_grad(), fast(teacher) as asked:
-                    wanted = F.log_softmax(asked(shown), 1)
-                said = F.log_softmax(run(shown), 1)
-                loss = loss + config.distill * F.kl_div(said, wanted, reduction="batchmean", log_target=True)
+    with fast(model) as run, fast(teacher) as asked:
+        for step in track(range(config.steps), "tuning", unit="steps"):
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr * (1 - step / config.steps)
+            images = vary(_drawn(pools, config.batch_size, rng), rng)
+            with torch.no_grad():
+                wanted = F.log_softmax(asked(images.to(device)), 1)
+            other = _changed(images, wanted.argmax(1).cpu(), found, config.found, rng)
+            said = F.log_softmax(run(torch.cat([images, other]).to(device)), 1)
+            off = F.kl_div(said, torch.cat([wanted, wanted]), reduction="none", log_target=True).sum(1)
+            loss = (off.view(2, -1).mean(1) * weights.to(device)).sum()
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), config.clip)
@@ -97,9 +103,25 @@ def tune(
     return curve
 
 
+def _drawn(pools: Sequence[Tensor], count: int, rng: torch.Generator) -> Tensor:
+    """``count`` images, about as many of each pool, in no order."""
+    shares = torch.arange(count).tensor_split(len(pools))
+    pairs = zip(pools, shares, strict=True)
+    drawn = [pool[torch.randint(len(pool), (len(some),), generator=rng)] for pool, some in pairs]
+    return torch.cat(drawn)[torch.randperm(count, generator=rng)]
+
+
+def _changed(images: Tensor, labels: Tensor, found: Sequence[Found], share: float, rng: torch.Generator) -> Tensor:
+    """Every image under a found trigger or a random change."""
+    count = round(share * len(images)) if any(len(one.targets) for one in found) else 0
+    return torch.cat([stamped(images[:count], labels[:count], found, rng), changed(images[count:], rng)])
+
+
 @torch.no_grad()
 def stamped(images: Tensor, labels: Tensor, found: Sequence[Found], rng: torch.Generator) -> Tensor:
     """Each image with one of the triggers, drawn at random of those that would send it to another class."""
+    if not len(images):
+        return images
     targets = torch.cat([one.targets for one in found])
     places = [(family, index) for family, one in enumerate(found) for index in range(len(one.targets))]
     out = images.clone()
