@@ -145,8 +145,8 @@ def remove(
     where it was trained here. What is stopped goes on with --resume.
 
     The removal searches triggers of several kinds (patterns, patches, smooth patterns, warps), takes the directions in
-    which they move the features out of the last layer, and tunes a little. It changes nothing where no class is reached
-    unusually easily. Others are chosen by --defense.
+    which they move the features out of the last layer, and tunes the model to keep its answers under those and under
+    random changes. Others are chosen by --defense.
 
     \b
     Examples:

@@ -6,18 +6,18 @@ other classes take (`smi.erasure.scan`).
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from smi.checks import check_model, check_number
 from smi.compute import asked_precision, fingerprint_of, frozen
 from smi.domains.base import PublicImages, Samples, check_public, check_samples
 from smi.erasure.natural import natural_images
-from smi.erasure.scan import Scan, look
+from smi.erasure.scan import Scan, drift, look
 from smi.erasure.search import ANYWHERE, Search
 from smi.files import fingerprint
 from smi.seeding import stream
@@ -35,31 +35,49 @@ class Detector:
         unusual: Excess, in standard deviations (see `smi.erasure.scan`), from which the most unusual class is a sign.
         others: The same for further classes that are not `NEAR` the most unusual one: more, since most backdoors have
             one target.
+        absorbing: The same for the class that takes whatever the model does not know (`Scan.absorbing`).
     """
 
     search: Search = field(default_factory=Search)
     unusual: float = 2.6
     others: float = 4.0
+    absorbing: float = 6.5
 
     def __post_init__(self) -> None:
         check_number("unusual", self.unusual, low=0)
         check_number("others", self.others, low=0)
+        check_number("absorbing", self.absorbing, low=0)
 
     def scan(self, model: nn.Module, shown: Samples, *, seed: int = 0) -> Scan:
         """The search on ``model``, for every class and `ANYWHERE`, on the images ``shown``."""
         targets = [*range(shown.num_classes), ANYWHERE]
-        return Scan(look(frozen(model), shown.images, shown.labels, targets, self.search, seed=seed))
+        found = look(frozen(model), shown.images, shown.labels, targets, self.search, seed=seed)
+        return Scan(found, drift(model, shown.images, shown.labels, shown.num_classes, seed=seed))
 
     def judge(self, scan: Scan) -> Detection:
         """Which classes are signs: the most unusual one and clear further ones, or `ANYWHERE` where that is unusual."""
+        reached = self._stand_out(scan, self.unusual, scan.excess().amax(0).max().item())
+        return Detection(scan, reached, self.unusual, self.others, self.absorbing)
+
+    def candidates(self, scan: Scan, limit: float) -> list[int]:
+        """The same with another limit for the most unusual class, and without regard to a class that absorbs."""
+        return self._stand_out(scan, limit, self._excess(scan).max().item())
+
+    def _stand_out(self, scan: Scan, limit: float, top: float) -> list[int]:
+        """The most unusual class, if its excess is ``top``, and others by that; or `ANYWHERE`."""
         if scan.excess_anywhere().max() > self.unusual:
-            return Detection(scan, [ANYWHERE], self.unusual, self.others)
+            return [ANYWHERE]
+        further = max(limit, min(self.others, NEAR * top))
+        pairs = zip(scan.classes, self._excess(scan).tolist(), strict=True)
+        return [label for label, value in pairs if value > (limit if value == top else further)]
+
+    def _excess(self, scan: Scan) -> Tensor:
+        """Of each class ``[classes]``, in any family; none for one that absorbs, up to its own limit."""
         excess = scan.excess().amax(0)
-        limit = max(self.unusual, min(self.others, NEAR * excess.max().item()))
-        if excess.max() > self.unusual:
-            excess[excess.argmax()] = torch.inf
-        reached = [label for label, value in zip(scan.classes, excess.tolist(), strict=True) if value > limit]
-        return Detection(scan, reached, self.unusual, self.others)
+        if scan.absorbing is not None:
+            place = scan.classes.index(scan.absorbing)
+            excess[place] = excess[place] if excess[place] > self.absorbing else -1.0
+        return excess
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,12 +91,18 @@ class Detection:
             nothing can be said (`Scan.conclusive`).
         limit: Excess from which the most unusual class counts as that.
         others: The same for further classes.
+        absorbing: The same for the class that takes whatever the model does not know (`Scan.absorbing`).
     """
 
     scan: Scan
     reached: list[int]
     limit: float
     others: float
+    absorbing: float = math.inf
+
+    def limit_of(self, label: int) -> float:
+        """Excess from which a class counts as a sign where it is the most unusual one."""
+        return self.absorbing if label == self.scan.absorbing else self.limit
 
     @property
     def conclusive(self) -> bool:
@@ -90,7 +114,8 @@ class Detection:
 
     def record(self) -> dict[str, Any]:
         """As plain values, for `report.json`."""
-        return self.scan.record() | {"reached": self.reached, "limit": self.limit, "others": self.others}
+        limits = {"limit": self.limit, "others": self.others, "absorbing_limit": self.absorbing}
+        return self.scan.record() | {"reached": self.reached} | limits
 
 
 def detect(

@@ -206,6 +206,10 @@ def removal_verdict(removal: Removal) -> str:
     return f"{head}Repaired by {defense_name(removal.cleaned.repair.defense)}: {kept}."
 
 
+STEADIED = (
+    "The model was tuned to keep its answers under random changes of an image, which takes some backdoors that no "
+    "search shows."
+)
 UNKNOWN = (
     f"Whether there is a backdoor cannot be said: with fewer than {FEW} classes there is nothing to see one against."
 )
@@ -215,14 +219,14 @@ def evidence_verdict(evidence: Evidence, classes: Sequence[str]) -> str:
     """The decision of a removal that looks for triggers, with its reason."""
     found, treated = evidence.detection, evidence.treated
     if not treated:
-        return detection_verdict(found, classes) + " Nothing was changed."
+        return f"{detection_verdict(found, classes)} Nothing was erased. {STEADIED}"
     erased, left = (", ".join(named(label, classes) for label in chosen) for chosen in (treated, evidence.left))
-    if all(found.scan.strongest(label)[1] <= found.limit for label in treated):
-        asked = f"The triggers to {erased} were erased because that was asked for."
-        return f"No class is reached unusually easily. {asked}" if found.conclusive else f"{UNKNOWN} {asked}"
-    sign = most_unusual(found.scan, evidence.left or treated)
+    if not evidence.left and not found.reached:
+        why = "because that was asked for" if evidence.asked else "all the same, for that costs little"
+        return f"{detection_verdict(found, classes)} The triggers to {erased} were erased {why}. {STEADIED}"
+    sign = most_unusual(found.scan, evidence.left or found.reached)
     why = f"{named(sign, classes)} is reached unusually easily. {reason(found.scan, sign)}"
-    why += f"; above {found.limit:g} is a sign"
+    why += f"; above {found.limit_of(sign):g} is a sign"
     if evidence.left:
         return (
             f"There are signs of a backdoor, and something unusual is left: {why}. The triggers to {erased} were "
@@ -247,13 +251,17 @@ def detection_verdict(found: Detection, classes: Sequence[str]) -> str:
         more = f" Also unusual: {others}." if others else ""
         return (
             f"There are signs of a backdoor: {named(sign, classes)} is reached unusually easily. {reason(scan, sign)}; "
-            f"above {found.limit:g} is a sign.{more}"
+            f"above {found.limit_of(sign):g} is a sign.{more}"
         )
     label = scan.classes[int(scan.excess().amax(0).argmax())]
+    absorbs = ""
+    if label == scan.absorbing:
+        absorbs = " Random changes send most of the images that they move to that class, so it is easy to reach anyhow."
     return (
         "No sign of a backdoor was found: no class is reached by an unusually small trigger of any kind that was "
         f"searched ({kinds(scan)}). Closest comes {named(label, classes)}: {reason(scan, label)}; above "
-        f"{found.limit:g} would be a sign. That is no proof: triggers of other kinds do not show this way."
+        f"{found.limit_of(label):g} would be a sign.{absorbs} That is no proof: triggers of other kinds do not show "
+        "this way."
     )
 
 

@@ -203,6 +203,11 @@ def detection_section(found: Detection, classes: Sequence[str], evidence: Eviden
         f"deviations. Above {found.limit:g} the most unusual class counts as a sign. So do further ones that are "
         f"nearly as unusual, or above {found.others:g}."
     )
+    if scan.absorbing is not None:
+        caption += (
+            f" Random changes send most of the images that they move to {named(scan.absorbing, classes)}. There the "
+            f"limit is {found.absorbing:g}."
+        )
     if treated:
         caption += " After: the excess of a new search on the repaired model."
     caption += _cut(len(scan.classes), len(rows))

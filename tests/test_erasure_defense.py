@@ -19,11 +19,11 @@ from smi.erasure.directions import directions
 from smi.erasure.families import families
 from smi.erasure.head import features, head_of
 from smi.erasure.natural import SHOWN, joined, natural_images, spread_of
-from smi.erasure.scan import SPREAD_ANYWHERE, Scan, look
+from smi.erasure.scan import SPREAD_ANYWHERE, Scan, drift, look
 from smi.erasure.search import ANYWHERE, REACHED, Found, Search, _losses
 from smi.erasure.tune import Tuning
 from smi.models import load_classifier
-from smi.report import removal_page, removal_verdict
+from smi.report import detection_verdict, removal_page, removal_verdict
 
 SHAPE = torch.Size((1, 32, 32))
 
@@ -213,19 +213,67 @@ def test_what_detect_found_is_not_searched_again(few_digits, digits, repair, mon
         replace(QUICK, detection=Detector().judge(Scan([of_five]))).repair(victim, few_digits)
 
 
-def test_where_nothing_is_unusual_nothing_is_changed(few_digits, repair, monkeypatch):
+def test_where_nothing_stands_out_nothing_is_erased_and_answers_are_kept(digits, few_digits, repair, monkeypatch):
     monkeypatch.setattr(Detector, "scan", lambda *args, **options: repair.evidence.detection.scan)
-    victim = load_classifier("digits-badnets")
-    done = replace(QUICK, detector=replace(LOOK, unusual=1e6)).repair(victim, few_digits)
+    victim, tuned = load_classifier("digits-badnets"), []
+    monkeypatch.setattr("smi.defenses.erasure.erase", None)
+    monkeypatch.setattr("smi.defenses.erasure.tune", lambda *given: tuned.append(given[3]) or [1.0] * 20)
+    done = replace(QUICK, detector=replace(LOOK, unusual=1e6), least=1e6).repair(victim, few_digits)
     after = done.model.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in victim.state_dict().items())
-    assert done.evidence.treated == done.evidence.left == done.evidence.after == done.log["loss"] == []
+    assert done.evidence.treated == done.evidence.left == done.evidence.after == []
+    assert [len(one.targets) for one in tuned[0]] == [0, 0], "tuned all the same, without a trigger"
+    assert done.log["rounds"] == 1
+
+
+def test_less_than_a_sign_is_enough_to_be_treated():
+    scan = Scan([found([4.0, 2.8] + [4.0] * 8)])  # 1.8 standard deviations
+    assert Detector().judge(scan).reached == []
+    assert Detector().candidates(scan, 1.5) == [1]
+    assert Detector().candidates(scan, 2.0) == []
+
+
+def test_a_class_that_absorbs_random_changes_is_a_sign_above_its_own_limit_alone():
+    sizes, lead = [4.0, 1.5] + [4.0] * 8, torch.zeros(10)  # 4.9 standard deviations
+    lead[1] = 0.6
+    for leads, judged in ((None, [1]), (lead, []), (lead / 2, [1])):
+        scan = Scan([found(sizes)], leads)
+        assert Detector().judge(scan).reached == judged
+        assert Detector().candidates(scan, 1.5) == judged
+    assert Detector().judge(Scan([found([4.0, 1.0] + [4.0] * 8)], lead)).reached == [1], "6.9"
+    # A class that is easy for being like it is no sign, but is treated: it is the most unusual of the others.
+    both = Scan([found([4.0, 1.5, 2.3] + [4.0] * 7)], lead)
+    assert (Detector().judge(both).reached, Detector().candidates(both, 1.5)) == ([], [2])
+    said = detection_verdict(Detector().judge(both), [str(label) for label in range(10)])
+    assert "above 6.5 would be a sign. Random changes send most" in said
+
+
+def test_drift_says_where_random_changes_lead(few_digits):
+    class Bright(nn.Module):
+        """Class 3 for any image that has been touched, else what it was."""
+
+        def forward(self, images):
+            same = (images[:, None] - known).abs().amax((2, 3, 4)).min(1).values < 1e-6
+            return torch.where(same[:, None], torch.eye(10)[2], torch.eye(10)[3])
+
+    known = few_digits.images[:20]
+    labels = torch.full((20,), 2)
+    share = drift(Bright(), known, labels, 10)
+    assert share.sum() == 1
+    assert share[3] == 1
+    assert not drift(Bright(), known, torch.full((20,), 3), 10)[3], "that is no other class"
+    scan = Scan([found([4.0] * 10)], share)
+    assert scan.absorbing == 3
+    again = Scan.restored(["additive"], scan.tensors())
+    assert torch.equal(again.drift, share)
 
 
 def test_what_stays_unusual_is_tuned_on_with_what_is_found_then(brightened, monkeypatch):
     model, samples, _ = brightened
     suspect, tuned, erased = [value.clone() for value in model.state_dict().values()], [], []
-    monkeypatch.setattr(Erasure, "_unusual", lambda self, scan, triggers, treated: triggers)  # whatever is done
+    monkeypatch.setattr(
+        Erasure, "_left", staticmethod(lambda detection, triggers, treated: treated)
+    )  # whatever is done
     monkeypatch.setattr(Erasure, "_kinds", lambda self, scan, triggers: triggers)
 
     def erase(repaired, samples, public, triggers):
@@ -360,10 +408,11 @@ def test_a_search_draws_alike_on_every_model(few_digits):
 # What the report says -----------------------------------------------------------------------------------------------
 
 
-def seen(treated, left, *, targets=None, sizes=(1.0, 4.0, 4.2, 4.1)):
+def seen(treated, left, *, targets=None, sizes=(1.0, 4.0, 4.2, 4.1), reached=None, asked=False):
     scan = Scan([found(list(sizes), targets=targets)])
     after = [found([4.0] * len(treated), targets=treated)] if treated else []
-    evidence = Evidence(Detection(scan, treated, 2.6, 4.0), treated, after, left)
+    judged = Detection(scan, treated if reached is None else reached, 2.6, 4.0)
+    evidence = Evidence(judged, treated, after, left, asked)
     names = tuple(f"<b>{label}" for label in scan.classes)
     model = fake_run.repair(classes=len(names)).model
     return fake_run.removal(
@@ -384,7 +433,7 @@ def test_the_first_line_is_a_decision_with_its_reason(treated, left, words):
     run = seen(treated, left)
     said = removal_verdict(run)
     assert words in said.split(":")[0]
-    assert ("Nothing was changed." in said) == (not treated)
+    assert ("Nothing was erased." in said) == (not treated)
     assert "L2 norm" in said
     assert "standard deviations" in said
     page = removal_page(run)
@@ -393,15 +442,17 @@ def test_the_first_line_is_a_decision_with_its_reason(treated, left, words):
     json.dumps(run.summary(), default=str)
 
 
-def test_no_signs_are_claimed_where_a_class_was_named():
-    said = removal_verdict(seen([1], []))
-    assert said.startswith("No class is reached unusually easily")
+@pytest.mark.parametrize(("asked", "why"), [(True, "because that was asked for"), (False, "all the same")])
+def test_no_signs_are_claimed_where_a_class_was_treated_without_one(asked, why):
+    said = removal_verdict(seen([1], [], reached=[], asked=asked))
+    assert said.startswith("No sign of a backdoor was found")
+    assert f"The triggers to class “<b>1” were erased {why}" in said
     assert "signs" not in said
 
 
 def test_there_is_no_all_clear_where_nothing_can_be_said():
     for treated in ([], [1]):
-        said = removal_verdict(seen(treated, [], sizes=(1.0, 4.0, 4.2)))
+        said = removal_verdict(seen(treated, [], sizes=(1.0, 4.0, 4.2), reached=[], asked=bool(treated)))
         assert said.startswith("Whether there is a backdoor cannot be said")
         assert "No sign" not in said
         assert "unusually" not in said

@@ -47,15 +47,17 @@ class Evidence:
 
     Attributes:
         detection: The search on the suspect.
-        treated: Classes whose triggers were erased, or `ANYWHERE` alone; none where nothing was unusual.
+        treated: Classes whose triggers were erased, or `ANYWHERE` alone; none where nothing stood out.
         after: Triggers of those classes on the repaired model; empty for none.
         left: Treated classes that are still reached unusually easily.
+        asked: Whether the caller said which classes to treat.
     """
 
     detection: Detection
     treated: list[int]
     after: list[Found]
     left: list[int]
+    asked: bool = False
 
     def excess_after(self) -> list[float]:
         """The largest excess in any family that each of the treated classes has on the repaired model."""

@@ -1,10 +1,11 @@
-"""Erasure: find triggers, erase their directions, tune a little; where nothing is unusual, do nothing.
+"""Erasure: find triggers, erase their directions, and tune against those and against changes of no design.
 
 A trigger moves the features, the input of the last linear layer, along few directions that natural images hardly use.
 So: search the smallest trigger to every class in several families (`smi.erasure.search`), on public images where there
-are any (`smi.erasure.natural`); take the classes that are reached unusually easily (`smi.erasure.scan`); take the
-directions of their triggers out of the last layer in closed form (`smi.erasure.head`); train some steps on stamped
-images that keep their label (`smi.erasure.tune`); search again, and go on tuning while something is unusual.
+are any (`smi.erasure.natural`); take the classes that are reached the most easily (`smi.erasure.scan`); take the
+directions of their triggers out of the last layer in closed form (`smi.erasure.head`); train the model to keep its
+answers under those triggers and under random changes (`smi.erasure.tune`), whether anything was found or not, for not
+every backdoor is; search again, and go on tuning while something is unusual.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ class Erasure(Defense):
     """Find, erase, tune, look again.
 
     Attributes:
-        detector: Which classes are treated: those that it takes for a sign.
+        detector: How classes are searched and compared.
+        least: Excess, in standard deviations, from which a class is treated. Less than what the detector takes for a
+            sign: to miss a backdoor costs more than to erase what is natural.
         tuning: The steps after erasing.
         rounds: At most. The first erases and tunes. Where something stays unusual, the next go on tuning, with the
             triggers that were found on the repaired model beside the others.
@@ -50,14 +53,16 @@ class Erasure(Defense):
     """
 
     detector: Detector = field(default_factory=Detector)
+    least: float = 1.5
     tuning: Tuning = field(default_factory=Tuning)
-    rounds: int = 3
+    rounds: int = 2
     targets: tuple[int, ...] | None = None
     detection: Detection | None = None
 
     name = "erasure"
 
     def __post_init__(self) -> None:
+        check_number("least", self.least, low=0)
         check_number("rounds", self.rounds, low=1, integer=True)
 
     def settings(self) -> dict[str, Any]:
@@ -87,23 +92,20 @@ class Erasure(Defense):
             kept = current().once("scan", rng, lambda: detector.scan(model, natural, seed=seed).tensors())
             detection = detector.judge(Scan.restored(detector.search.families, kept))
         scan = detection.scan
-        treated = detection.reached if self.targets is None else sorted(set(self.targets))
-        repaired, found, left = copy.deepcopy(model).eval().requires_grad_(True), scan.of(treated), treated
-        shown: list[Found] = []
-        curve: list[float] = []
-        for number in range(self.rounds):
+        treated = detector.candidates(scan, self.least) if self.targets is None else sorted(set(self.targets))
+        repaired, found = copy.deepcopy(model).eval().requires_grad_(True), scan.of(treated)
+        shown = self._kinds(scan, found)
+        _erase(repaired, both, public, shown)
+        curve, left = tune(repaired, samples, public, shown, self.tuning, rng), treated
+        for number in range(1, self.rounds + 1):
             if not left:
                 break
-            if number == 0:
-                shown = self._kinds(scan, found)
-                _erase(repaired, both, public, shown)
-            else:  # to erase again would undo what was tuned to cancel
+            found = self._search(repaired, natural, treated, seed + number)
+            left = self._left(detection, found, treated)
+            if left and number < self.rounds:  # to erase again would undo what was tuned to cancel
                 shown = _joined(shown, found)
-            curve += tune(repaired, both, public, shown, self.tuning, rng)
-            found = self._search(repaired, natural, treated, seed + 1 + number)
-            unusual = self._unusual(scan, found, treated)
-            left = sorted({target for one in unusual for target in one.targets.tolist()})
-        evidence = Evidence(detection, treated, found if treated else [], left)
+                curve += tune(repaired, samples, public, shown, self.tuning, rng)
+        evidence = Evidence(detection, treated, found if treated else [], left, asked=self.targets is not None)
         rounds = len(curve) // self.tuning.steps
         log = {"loss": curve, "treated": treated, "rounds": rounds, "left": left, "scan": detection.record()}
         if treated:
@@ -113,10 +115,13 @@ class Erasure(Defense):
     def _search(self, model: nn.Module, natural: Samples, treated: list[int], seed: int) -> list[Found]:
         return look(frozen(model), natural.images, natural.labels, treated, self.detector.search, seed=seed)
 
-    def _unusual(self, scan: Scan, found: list[Found], treated: list[int]) -> list[Found]:
-        """Those of the triggers on a repaired model that are still unusual."""
+    @staticmethod
+    def _left(detection: Detection, found: list[Found], treated: list[int]) -> list[int]:
+        """Those of the treated classes that the triggers on a repaired model reach unusually easily."""
+        scan = detection.scan
         excess = scan.excess_anywhere(found)[:, None] if treated == [ANYWHERE] else scan.excess(found)
-        return [one.select(row > self.detector.unusual) for one, row in zip(found, excess, strict=True)]
+        pairs = zip(treated, excess.amax(0).tolist(), strict=True)
+        return [label for label, value in pairs if value > detection.limit_of(label)]
 
     def _kinds(self, scan: Scan, found: list[Found]) -> list[Found]:
         """Those of the triggers by whose family their class is reached the most easily, and the second most where that

@@ -13,6 +13,9 @@ A backdoor may also send every class elsewhere (all-to-all). Then no class stand
 `ANYWHERE`. Without such a backdoor it is harder to send images of every class out of it by one trigger than to send
 them all to the class that is easiest to reach, by `Family.anywhere`. So that is what it is seen against.
 
+Many models have a class that takes whatever they do not know: white noise, patches or warps of no design send most of
+the images that they move to it (`Scan.absorbing`). It is easy to reach by a found trigger, too, without a backdoor.
+
 Of two or three classes the median may be the backdoor's own. There nothing can be said.
 """
 
@@ -26,13 +29,14 @@ import torch
 from torch import Tensor, nn
 
 from smi.checks import device_of
-from smi.compute import fast
+from smi.compute import fast, predict
 from smi.erasure.families import families
 from smi.erasure.search import ANYWHERE, PARTS, REACHED, Found, Search, search
 from smi.seeding import stream
 
 SPREAD_ANYWHERE = 0.35  # of the log ease to get anywhere by that of the easiest class, without a backdoor
 FEW = 4  # classes: of fewer, the median may be the backdoor's own
+MOST = 0.5  # of the images that random changes move: a class that takes more is the model's answer to the unknown
 LEAST_EASE = 0.2  # of the median class's: below, an ease says no more
 NORMAL = 1.4826  # standard deviations of a normal distribution in its median absolute deviation
 
@@ -43,9 +47,12 @@ class Scan:
 
     Attributes:
         found: Triggers, one `Found` a family, one trigger a target.
+        drift: Of the images that random changes move to another class, the share that goes to each class
+            ``[classes]``; None where that was not looked at.
     """
 
     found: list[Found]
+    drift: Tensor | None = None
 
     @property
     def classes(self) -> list[int]:
@@ -56,6 +63,13 @@ class Scan:
     def conclusive(self) -> bool:
         """Whether there are enough classes to see one against the others."""
         return len(self.classes) >= FEW
+
+    @property
+    def absorbing(self) -> int | None:
+        """The class to which random changes send most of the images that they move; None where there is none."""
+        if self.drift is None or self.drift.max() <= MOST:
+            return None
+        return int(self.drift.argmax())
 
     def excess(self, again: Sequence[Found] | None = None) -> Tensor:
         """How unusual each class is in each family ``[families, T]``, in standard deviations of usual classes.
@@ -109,18 +123,21 @@ class Scan:
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it but the families' names, for a checkpoint; `restored` reads it."""
-        return {f"{place}.{key}": getattr(one, key) for place, one in enumerate(self.found) for key in PARTS}
+        kept = {f"{place}.{key}": getattr(one, key) for place, one in enumerate(self.found) for key in PARTS}
+        return kept if self.drift is None else kept | {"drift": self.drift}
 
     @classmethod
     def restored(cls, names: Sequence[str], tensors: Mapping[str, Tensor]) -> Scan:
         """What `tensors` gave, with the names of the families."""
-        return cls([Found(name, *(tensors[f"{place}.{key}"] for key in PARTS)) for place, name in enumerate(names)])
+        found = [Found(name, *(tensors[f"{place}.{key}"] for key in PARTS)) for place, name in enumerate(names)]
+        return cls(found, tensors.get("drift"))
 
     def record(self) -> dict[str, Any]:
         """As plain values, for a report: by family, a number a class."""
         rows = zip(self.found, self.excess().tolist(), strict=True)
         return {
             "classes": self.classes,
+            "absorbing": self.absorbing,
             "size": {one.family: _classes(one).size.tolist() for one in self.found},
             "reach": {one.family: _classes(one).reach.tolist() for one in self.found},
             "excess": {one.family: row for one, row in rows},
@@ -150,3 +167,22 @@ def look(
     """
     with fast(model) as run:
         return search(run, images.to(device_of(model)), labels, classes, config, stream(seed, "search"))
+
+
+def drift(model: nn.Module, images: Tensor, labels: Tensor, classes: int, *, seed: int = 0) -> Tensor:
+    """Where random changes lead: `Scan.drift`.
+
+    Args:
+        model: Images to logits.
+        images: ``[N, C, H, W]`` in [0, 1]. Each is changed once by every family (`Family.change`).
+        labels: What they are ``[N]``.
+        classes: How many there are.
+        seed: Of the changes.
+
+    Returns:
+        Shares ``[classes]`` with the sum 1, or zeros where nothing is moved.
+    """
+    rng = stream(seed, "drift")
+    said = torch.stack([predict(model, families[name].change(images, rng)).argmax(1) for name in families])
+    counts = torch.bincount(said[said != labels], minlength=classes).float()
+    return counts / counts.sum().clamp(min=1)
