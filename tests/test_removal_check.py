@@ -1,6 +1,7 @@
 """Removals on fresh victims: a row a cell, none made twice, the floor that of a model nobody attacked."""
 
 import csv
+from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
@@ -22,7 +23,7 @@ def few(monkeypatch):
 
     monkeypatch.setattr(removal_check, "load_domain", lambda name, **options: tiny_domain(32))
     monkeypatch.setattr(removal_check, "make_samples", make)
-    monkeypatch.setattr(removal_check, "Erasure", lambda: DEFENSE)
+    monkeypatch.setattr(removal_check, "Erasure", lambda detection: replace(DEFENSE, detection=detection))
     return made
 
 

@@ -36,11 +36,11 @@ SOURCES = ("clean", "smi", "latent", "public")
 NONE = "none"  # the attack on a clean model
 COLUMNS = (
     "domain", "architecture", "attack", "seed", "target", "source", "acc_before", "asr_before", "floor", "acc_after",
-    "asr_after", "der", "found", "rounds", "left",
+    "asr_after", "der", "signs", "found", "rounds", "left",
 )  # fmt: skip
-"""Rates in percent. target: the attacker's class, "all" for all-to-all, "" for a clean model. found: classes that were
-treated, "anywhere" for the search to any class. rounds: of erasing and tuning. left: of those found, what the report
-still calls unusual."""
+"""Rates in percent. target: the attacker's class, "all" for all-to-all, "" for a clean model. signs: classes that the
+report calls unusual, "anywhere" for the search to any class. found: classes that were treated. rounds: of tuning. left:
+of those found, what the report still calls unusual."""
 
 Row = dict[str, str | int | float]
 
@@ -75,16 +75,20 @@ def check(
             clean = train_classifier(domain.private.train, config, seed=derive(seed, "clean") % 2**31)
         victim, attack = _victim(domain, config, name, seed, clean)
         evaluator = None if attack is None else Evaluator(domain.private.test, attack)
+        detection = None  # is of the model and the public images: the same whatever the samples
         for source in wanted:
             given = Given(
                 model=victim, prior=load_prior(prior), public=domain.public, seed=seed, private=domain.private.train
             )
-            repair = Erasure().repair(victim, make_samples(source, given), domain.public, seed=seed)
+            removal = Erasure(detection=detection)
+            repair = removal.repair(victim, make_samples(source, given), domain.public, seed=seed)
             assert repair.evidence is not None
+            detection = repair.evidence.detection
             row: Row = {"domain": domain.name, "architecture": config.arch, "attack": name, "seed": seed}
             row |= {"target": _target(attack), "source": source}
             row |= _rates(domain, victim, repair.model, clean, evaluator)
-            row |= {"found": _classes(repair.evidence.treated), "rounds": repair.log["rounds"]}
+            row |= {"signs": _classes(detection.reached), "found": _classes(repair.evidence.treated)}
+            row |= {"rounds": repair.log["rounds"]}
             row |= {"left": _classes(repair.evidence.left)}
             yield row
 
