@@ -14,6 +14,7 @@ import smi
 from smi.compute import frozen, predict
 from smi.defenses import Erasure, Repair, defenses
 from smi.defenses.base import Evidence
+from smi.defenses.erasure import GENTLE
 from smi.detection import Detection, Detector
 from smi.erasure.directions import directions
 from smi.erasure.families import families
@@ -224,6 +225,26 @@ def test_where_nothing_stands_out_nothing_is_erased_and_answers_are_kept(digits,
     assert done.evidence.treated == done.evidence.left == done.evidence.after == []
     assert [len(one.targets) for one in tuned[0]] == [0, 0], "tuned all the same, without a trigger"
     assert done.log["rounds"] == 1
+
+
+@pytest.mark.parametrize(
+    ("sizes", "targets", "strength"),
+    [
+        ([4.0, 1.0, 4.0, 4.0], None, GENTLE),
+        ([4.0, 2.8, 4.0, 4.0], None, 1.0),  # treated, but no sign
+        ([4.0, 4.0, 4.0, 4.0], None, 1.0),
+        ([4.0, 4.0, 4.0, 4.0], (1,), GENTLE),  # the caller knows
+    ],
+)
+def test_where_the_backdoor_was_found_random_changes_are_gentle(brightened, monkeypatch, sizes, targets, strength):
+    model, samples, _ = brightened
+    few = replace(samples, labels=samples.labels % 4, num_classes=4)
+    scan, seen = Scan([replace(found(sizes), numbers=torch.zeros(4, 64))]), []
+    monkeypatch.setattr("smi.defenses.erasure._erase", lambda *given: None)
+    monkeypatch.setattr("smi.defenses.erasure.look", lambda *given, **options: scan.of(given[3]))
+    monkeypatch.setattr("smi.defenses.erasure.tune", lambda *given: seen.append(given[4]) or [1.0])
+    replace(QUICK, targets=targets, detection=Detector().judge(scan))._repair(model, few, None, 0)
+    assert {one.strength for one in seen} == {strength}
 
 
 def test_less_than_a_sign_is_enough_to_be_treated():

@@ -32,6 +32,7 @@ from smi.errors import InputError
 from smi.seeding import stream
 from smi.unfinished import current
 
+GENTLE = 0.25  # of the strength of random changes, where the backdoor was found and erased
 EASIER = 0.5  # excess: a second family with less is not what makes a class unusual, and its directions are natural
 
 
@@ -44,7 +45,8 @@ class Erasure(Defense):
         detector: How classes are searched and compared.
         least: Excess, in standard deviations, from which a class is treated. Less than what the detector takes for a
             sign: to miss a backdoor costs more than to erase what is natural.
-        tuning: The steps after erasing.
+        tuning: The steps after erasing, where no class is a sign of a backdoor: random changes are all there is then.
+            Where one is, and was treated, they are `GENTLE`: strong ones would cost accuracy for nothing.
         rounds: At most. The first erases and tunes. Where something stays unusual, the next go on tuning, with the
             triggers that were found on the repaired model beside the others.
         targets: Classes to treat whatever is unusual; None to treat those that are.
@@ -96,7 +98,9 @@ class Erasure(Defense):
         repaired, found = copy.deepcopy(model).eval().requires_grad_(True), scan.of(treated)
         shown = self._kinds(scan, found)
         _erase(repaired, both, public, shown)
-        curve, left = tune(repaired, samples, public, shown, self.tuning, rng), treated
+        known = set(detection.reached if self.targets is None else treated) & set(treated)
+        tuning = replace(self.tuning, strength=GENTLE * self.tuning.strength) if known else self.tuning
+        curve, left = tune(repaired, samples, public, shown, tuning, rng), treated
         for number in range(1, self.rounds + 1):
             if not left:
                 break
@@ -104,9 +108,9 @@ class Erasure(Defense):
             left = self._left(detection, found, treated)
             if left and number < self.rounds:  # to erase again would undo what was tuned to cancel
                 shown = _joined(shown, found)
-                curve += tune(repaired, samples, public, shown, self.tuning, rng)
+                curve += tune(repaired, samples, public, shown, tuning, rng)
         evidence = Evidence(detection, treated, found if treated else [], left, asked=self.targets is not None)
-        rounds = len(curve) // self.tuning.steps
+        rounds = len(curve) // tuning.steps
         log = {"loss": curve, "treated": treated, "rounds": rounds, "left": left, "scan": detection.record()}
         if treated:
             log["excess_after"] = evidence.excess_after()

@@ -38,6 +38,7 @@ class Tuning:
     clip: Largest L2 norm of a step's gradient.
     batch_size: Images a step, half of them public where there are any. Each is shown unchanged and changed.
     found: Share in [0, 1] of the changes that are found triggers, where there are any. The others are random.
+    strength: Of the random changes, as a share of `Family.change`'s own.
     still: Weight of the unchanged images, that of the changed ones being 1.
     """
 
@@ -47,12 +48,13 @@ class Tuning:
     clip: float = 1.0
     batch_size: int = 64
     found: float = 0.25
+    strength: float = 1.0
     still: float = 3.0
 
     def __post_init__(self) -> None:
         for whole in ("steps", "batch_size"):
             check_number(whole, getattr(self, whole), low=1, integer=True)
-        for rate in ("lr", "clip", "still"):
+        for rate in ("lr", "clip", "still", "strength"):
             check_number(rate, getattr(self, rate), low=0)
         check_number("momentum", self.momentum, low=0, high=1)
         check_number("found", self.found, low=0, high=1)
@@ -91,7 +93,7 @@ def tune(
             images = vary(_drawn(pools, config.batch_size, rng), rng)
             with torch.no_grad():
                 wanted = F.log_softmax(asked(images.to(device)), 1)
-            other = _changed(images, wanted.argmax(1).cpu(), found, config.found, rng)
+            other = _changed(images, wanted.argmax(1).cpu(), found, config, rng)
             said = F.log_softmax(run(torch.cat([images, other]).to(device)), 1)
             off = F.kl_div(said, torch.cat([wanted, wanted]), reduction="none", log_target=True).sum(1)
             loss = (off.view(2, -1).mean(1) * weights.to(device)).sum()
@@ -111,10 +113,11 @@ def _drawn(pools: Sequence[Tensor], count: int, rng: torch.Generator) -> Tensor:
     return torch.cat(drawn)[torch.randperm(count, generator=rng)]
 
 
-def _changed(images: Tensor, labels: Tensor, found: Sequence[Found], share: float, rng: torch.Generator) -> Tensor:
+def _changed(images: Tensor, labels: Tensor, found: Sequence[Found], config: Tuning, rng: torch.Generator) -> Tensor:
     """Every image under a found trigger or a random change."""
-    count = round(share * len(images)) if any(len(one.targets) for one in found) else 0
-    return torch.cat([stamped(images[:count], labels[:count], found, rng), changed(images[count:], rng)])
+    count = round(config.found * len(images)) if any(len(one.targets) for one in found) else 0
+    other = changed(images[count:], rng, config.strength)
+    return torch.cat([stamped(images[:count], labels[:count], found, rng), other])
 
 
 @torch.no_grad()
