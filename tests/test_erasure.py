@@ -119,9 +119,7 @@ def test_a_random_change_is_each_images_own_and_of_the_families_kind(name):
             assert 0.6 * family.strength < size.max() <= 1.1 * family.strength
             assert size.min() < 0.2 * family.strength
             weak = family.change(images, torch.Generator().manual_seed(0), 0.25) - images
-            assert (
-                0.24 < weak.square().mean().sqrt() / off.square().mean().sqrt() < 0.3
-            )  # more than a quarter: clipping
+            assert 0.24 < weak.square().mean().sqrt() / off.square().mean().sqrt() < 0.3  # what is clipped
             steps = off[..., 1:] - off[..., :-1]  # from pixel to pixel: large in noise, small in what is smooth
             assert (steps.square().mean() > off.square().mean()) == (name == "additive")
 
