@@ -4,8 +4,8 @@ A family is a way to write a trigger down as a few numbers, and a measure of how
 for a kind of attack: additive noise, a patch, something smooth that is blended in, a warp. Stamping is differentiable
 and works on many candidates at once.
 
-A family also makes random changes of its kind, one an image, that nobody searched. Their strengths are those at which
-digits and photographs are still what they were (`notebooks/results/DECISIONS.md`).
+A family also makes random changes of its kind, one an image, that nobody searched. How their strengths were chosen is
+in `notebooks/results/DECISIONS.md`.
 """
 
 from __future__ import annotations
