@@ -11,6 +11,7 @@ every backdoor is; search again, and go on tuning while something is unusual.
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -33,6 +34,7 @@ from smi.seeding import stream
 from smi.unfinished import current
 
 GENTLE = 0.25  # of the strength of random changes, where the backdoor was found and erased
+BRIEF = 0.5  # of the steps of tuning, there
 EASIER = 0.5  # excess: a second family with less is not what makes a class unusual, and its directions are natural
 
 
@@ -46,7 +48,8 @@ class Erasure(Defense):
         least: Excess, in standard deviations, from which a class is treated. Less than what the detector takes for a
             sign: to miss a backdoor costs more than to erase what is natural.
         tuning: The steps after erasing, where no class is a sign of a backdoor: random changes are all there is then.
-            Where one is, and was treated, they are `GENTLE`: strong ones would cost accuracy for nothing.
+            Where one is, and was treated, they are `GENTLE`, as strong ones would cost accuracy for nothing, and
+            tuning is `BRIEF`.
         rounds: At most. The first erases and tunes. Where something stays unusual, the next go on tuning, with the
             triggers that were found on the repaired model beside the others.
         targets: Classes to treat whatever is unusual; None to treat those that are.
@@ -99,7 +102,10 @@ class Erasure(Defense):
         shown = self._kinds(scan, found)
         _erase(repaired, both, public, shown)
         known = set(detection.reached if self.targets is None else treated) & set(treated)
-        tuning = replace(self.tuning, strength=GENTLE * self.tuning.strength) if known else self.tuning
+        tuning = self.tuning
+        if known:
+            steps = math.ceil(BRIEF * tuning.steps)
+            tuning = replace(tuning, strength=GENTLE * tuning.strength, steps=steps)
         curve, left = tune(repaired, samples, public, shown, tuning, rng), treated
         for number in range(1, self.rounds + 1):
             if not left:

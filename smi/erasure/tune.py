@@ -46,7 +46,7 @@ class Tuning:
     lr: float = 0.03
     momentum: float = 0.9
     clip: float = 1.0
-    batch_size: int = 64
+    batch_size: int = 32
     found: float = 0.25
     strength: float = 1.0
     still: float = 3.0
