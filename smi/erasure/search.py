@@ -24,7 +24,7 @@ ANYWHERE = -1  # as a target: any class but the image's own
 CERTAIN = 0.2  # nats: nine of ten images are in the class
 REACHED = 0.3  # share of the images that a trigger must send away, or it says nothing of a backdoor
 PROBED = 32  # images on which restarts are compared
-TOGETHER = 256  # images in a pass on a CPU, where more take memory and are no faster
+TOGETHER = 128  # images in a pass on a CPU, where more take memory and are no faster
 HELD = 0.3  # of the images, on which triggers are tried and not searched
 
 
