@@ -33,8 +33,7 @@ from smi.errors import InputError
 from smi.seeding import stream
 from smi.unfinished import current
 
-GENTLE = 0.25  # of the strength of random changes, where the backdoor was found and erased
-BRIEF = 0.5  # of the steps of tuning, there
+GENTLE = 0.25  # of the strength of random changes and of the steps, where the backdoor was clearly found and erased
 EASIER = 0.5  # excess: a second family with less is not what makes a class unusual, and its directions are natural
 
 
@@ -47,9 +46,9 @@ class Erasure(Defense):
         detector: How classes are searched and compared.
         least: Excess, in standard deviations, from which a class is treated. Less than what the detector takes for a
             sign: to miss a backdoor costs more than to erase what is natural.
-        tuning: The steps after erasing, where no class is a sign of a backdoor: random changes are all there is then.
-            Where one is, and was treated, they are `GENTLE`, as strong ones would cost accuracy for nothing, and
-            tuning is `BRIEF`.
+        tuning: The steps after erasing, where no class is a clear sign of a backdoor, of an excess above
+            `Detector.others`: random changes may be all there is then. Where one is, they are `GENTLE`, as strong ones
+            would cost accuracy for nothing.
         rounds: At most. The first erases and tunes. Where something stays unusual, the next go on tuning, with the
             triggers that were found on the repaired model beside the others.
         targets: Classes to treat whatever is unusual; None to treat those that are.
@@ -101,10 +100,9 @@ class Erasure(Defense):
         repaired, found = copy.deepcopy(model).eval().requires_grad_(True), scan.of(treated)
         shown = self._kinds(scan, found)
         _erase(repaired, both, public, shown)
-        known = set(detection.reached if self.targets is None else treated) & set(treated)
         tuning = self.tuning
-        if known:
-            steps = math.ceil(BRIEF * tuning.steps)
+        if self._clear(detection, treated):
+            steps = math.ceil(GENTLE * tuning.steps)
             tuning = replace(tuning, strength=GENTLE * tuning.strength, steps=steps)
         curve, left = tune(repaired, samples, public, shown, tuning, rng), treated
         for number in range(1, self.rounds + 1):
@@ -124,6 +122,13 @@ class Erasure(Defense):
 
     def _search(self, model: nn.Module, natural: Samples, treated: list[int], seed: int) -> list[Found]:
         return look(frozen(model), natural.images, natural.labels, treated, self.detector.search, seed=seed)
+
+    def _clear(self, detection: Detection, treated: list[int]) -> bool:
+        """Whether one of the treated classes is the target beyond doubt, or was said to be."""
+        if self.targets is not None:
+            return bool(treated)
+        signs = set(detection.reached) & set(treated)
+        return any(detection.scan.strongest(label)[1] > detection.others for label in signs)
 
     @staticmethod
     def _left(detection: Detection, found: list[Found], treated: list[int]) -> list[int]:

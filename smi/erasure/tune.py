@@ -42,7 +42,7 @@ class Tuning:
     still: Weight of the unchanged images, that of the changed ones being 1.
     """
 
-    steps: int = 300
+    steps: int = 600
     lr: float = 0.03
     momentum: float = 0.9
     clip: float = 1.0
