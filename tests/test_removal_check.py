@@ -19,6 +19,7 @@ def few(monkeypatch):
 
     def make(source, given):
         made.append(source)
+        assert given.per_class == 4
         return smi.clean_control(given.private, per_class=4, seed=given.seed)
 
     monkeypatch.setattr(removal_check, "load_domain", lambda name, **options: tiny_domain(32))
@@ -28,7 +29,8 @@ def few(monkeypatch):
 
 
 def test_every_source_has_its_row_and_none_is_made_twice(few, tmp_path):
-    command = ["tiny", "small_cnn", "5", "--epochs", "1", "--augment", "none", "--csv", str(tmp_path / "check.csv")]
+    model = ["tiny", "small_cnn", "5", "--epochs", "1", "--augment", "none"]
+    command = [*model, "--per-class", "4", "--csv", str(tmp_path / "check.csv")]
     done = CliRunner().invoke(main, [*command, "--attack", "badnets"])
     assert done.exit_code == 0, done.output
     rows = rows_of(tmp_path / "check.csv")

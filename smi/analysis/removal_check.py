@@ -53,6 +53,7 @@ def check(
     seed: int,
     done: Sequence[Row],
     chosen: Sequence[str] = SOURCES,
+    per_class: int = 30,
 ) -> Iterator[Row]:
     """Rows of `COLUMNS` that are not done yet, one after the other.
 
@@ -64,6 +65,7 @@ def check(
         seed: Of everything.
         done: Rows that need not be made again.
         chosen: Sources of samples.
+        per_class: Samples a class.
     """
     have = {(row["domain"], row["architecture"], row["attack"], int(row["seed"]), row["source"]) for row in done}
     clean: nn.Module | None = None
@@ -78,8 +80,9 @@ def check(
         detection = None  # is of the model and the public images: the same whatever the samples
         for source in wanted:
             given = Given(
-                model=victim, prior=load_prior(prior), public=domain.public, seed=seed, private=domain.private.train
-            )
+                model=victim, prior=load_prior(prior), public=domain.public, seed=seed, per_class=per_class,
+                private=domain.private.train,
+            )  # fmt: skip
             removal = Erasure(detection=detection)
             repair = removal.repair(victim, make_samples(source, given), domain.public, seed=seed)
             assert repair.evidence is not None
@@ -147,17 +150,19 @@ def rows_of(file: Path) -> list[Row]:
 @click.option("--source", "chosen", multiple=True, help="One or more; default: all.")
 @click.option("--public", help="Public images of a domain that has none.")
 @click.option("--prior", default="digits", show_default=True)
+@click.option("--per-class", type=click.IntRange(1), default=30, show_default=True)
 @click.option("--epochs", type=int, default=12, show_default=True)
 @click.option("--augment", default="affine", show_default=True)
 @click.option("--csv", "file", type=click.Path(path_type=Path), required=True)
 def main(
     domain_name: str, arch: str, seed: int, names: tuple[str, ...], chosen: tuple[str, ...], public: str | None,
-    prior: str, epochs: int, augment: str, file: Path,
+    prior: str, per_class: int, epochs: int, augment: str, file: Path,
 ) -> None:  # fmt: skip
     """Add the rows that FILE lacks."""
     domain = load_domain(domain_name, public=public)
     config = TrainConfig(arch=arch, epochs=epochs, augment=augment)
-    for row in check(domain, config, prior, names or (*attacks, NONE), seed, rows_of(file), chosen or SOURCES):
+    wanted, sources = names or (*attacks, NONE), chosen or SOURCES
+    for row in check(domain, config, prior, wanted, seed, rows_of(file), sources, per_class):
         text = io.StringIO()
         table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         table.writeheader()
