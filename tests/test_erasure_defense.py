@@ -14,7 +14,6 @@ import smi
 from smi.compute import frozen, predict
 from smi.defenses import Erasure, Repair, defenses
 from smi.defenses.base import Evidence
-from smi.defenses.erasure import GENTLE
 from smi.detection import Detection, Detector
 from smi.erasure.directions import directions
 from smi.erasure.families import families
@@ -225,32 +224,6 @@ def test_where_nothing_stands_out_nothing_is_erased_and_answers_are_kept(digits,
     assert done.evidence.treated == done.evidence.left == done.evidence.after == []
     assert [len(one.targets) for one in tuned[0]] == [0, 0], "tuned all the same, without a trigger"
     assert done.log["rounds"] == 1
-
-
-@pytest.mark.parametrize(
-    ("sizes", "absorbing", "targets", "strength"),
-    [
-        ([4.0, 1.0, 4.0, 4.0], None, None, GENTLE),
-        ([4.0, 1.0, 4.0, 4.0], 1, None, GENTLE),  # 6.9 standard deviations: more than absorbing explains
-        ([4.0, 1.0, 4.0, 4.0], 2, None, 1.0),  # class 2 may be another backdoor's
-        ([4.0, 2.0, 4.0, 4.0], None, None, 1.0),  # 3.5: a sign, but not a clear one
-        ([4.0, 2.8, 4.0, 4.0], None, None, 1.0),  # treated, but no sign
-        ([4.0, 4.0, 4.0, 4.0], None, None, 1.0),
-        ([4.0, 4.0, 4.0, 4.0], 2, (1,), GENTLE),  # the caller knows
-    ],
-)
-def test_where_the_backdoor_was_clearly_found_random_changes_are_gentle(
-    brightened, monkeypatch, sizes, absorbing, targets, strength
-):
-    model, samples, _ = brightened
-    few = replace(samples, labels=samples.labels % 4, num_classes=4)
-    lead = None if absorbing is None else torch.eye(4)[absorbing]
-    scan, seen = Scan([replace(found(sizes), numbers=torch.zeros(4, 64))], lead), []
-    monkeypatch.setattr("smi.defenses.erasure._erase", lambda *given: None)
-    monkeypatch.setattr("smi.defenses.erasure.look", lambda *given, **options: scan.of(given[3]))
-    monkeypatch.setattr("smi.defenses.erasure.tune", lambda *given: seen.append(given[4]) or [1.0])
-    replace(QUICK, targets=targets, detection=Detector().judge(scan))._repair(model, few, None, 0)
-    assert {one.strength for one in seen} == {strength}
 
 
 def test_less_than_a_sign_is_enough_to_be_treated():

@@ -32,7 +32,6 @@ from smi.errors import InputError
 from smi.seeding import stream
 from smi.unfinished import current
 
-GENTLE = 0.25  # of the strength of random changes, where the backdoor was clearly found and erased
 EASIER = 0.5  # excess: a second family with less is not what makes a class unusual, and its directions are natural
 
 
@@ -45,9 +44,7 @@ class Erasure(Defense):
         detector: How classes are searched and compared.
         least: Excess, in standard deviations, from which a class is treated. Less than what the detector takes for a
             sign: to miss a backdoor costs more than to erase what is natural.
-        tuning: The steps after erasing, where the backdoor may be another than what was found: random changes are all
-            there is then. Where it was clearly found, they are `GENTLE`, as strong ones would cost accuracy for
-            nothing.
+        tuning: The steps after erasing.
         rounds: At most. The first erases and tunes. Where something stays unusual, the next go on tuning, with the
             triggers that were found on the repaired model beside the others.
         targets: Classes to treat whatever is unusual; None to treat those that are.
@@ -99,9 +96,7 @@ class Erasure(Defense):
         repaired, found = copy.deepcopy(model).eval().requires_grad_(True), scan.of(treated)
         shown = self._kinds(scan, found)
         _erase(repaired, both, public, shown)
-        gentle = GENTLE if self._clear(detection, treated) else 1.0
-        tuning = replace(self.tuning, strength=gentle * self.tuning.strength)
-        curve, left = tune(repaired, samples, public, shown, tuning, rng), treated
+        curve, left = tune(repaired, samples, public, shown, self.tuning, rng), treated
         for number in range(1, self.rounds + 1):
             if not left:
                 break
@@ -109,9 +104,9 @@ class Erasure(Defense):
             left = self._left(detection, found, treated)
             if left and number < self.rounds:  # to erase again would undo what was tuned to cancel
                 shown = _joined(shown, found)
-                curve += tune(repaired, samples, public, shown, tuning, rng)
+                curve += tune(repaired, samples, public, shown, self.tuning, rng)
         evidence = Evidence(detection, treated, found if treated else [], left, asked=self.targets is not None)
-        rounds = len(curve) // tuning.steps
+        rounds = len(curve) // self.tuning.steps
         log = {"loss": curve, "treated": treated, "rounds": rounds, "left": left, "scan": detection.record()}
         if treated:
             log["excess_after"] = evidence.excess_after()
@@ -119,18 +114,6 @@ class Erasure(Defense):
 
     def _search(self, model: nn.Module, natural: Samples, treated: list[int], seed: int) -> list[Found]:
         return look(frozen(model), natural.images, natural.labels, treated, self.detector.search, seed=seed)
-
-    def _clear(self, detection: Detection, treated: list[int]) -> bool:
-        """Whether one of the treated classes is the target beyond doubt, or was said to be.
-
-        Not where another class absorbs random changes: nobody can tell whether a backdoor made it do so.
-        """
-        if self.targets is not None:
-            return bool(treated)
-        if detection.scan.absorbing not in (None, *treated):
-            return False
-        signs = set(detection.reached) & set(treated)
-        return any(detection.scan.strongest(label)[1] > detection.others for label in signs)
 
     @staticmethod
     def _left(detection: Detection, found: list[Found], treated: list[int]) -> list[int]:
