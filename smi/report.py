@@ -225,8 +225,7 @@ def evidence_verdict(evidence: Evidence, classes: Sequence[str]) -> str:
         why = "because that was asked for" if evidence.asked else "all the same, for that costs little"
         return f"{detection_verdict(found, classes)} The triggers to {erased} were erased {why}. {STEADIED}"
     sign = most_unusual(found.scan, evidence.left or found.reached)
-    why = f"{named(sign, classes)} is reached unusually easily. {reason(found.scan, sign)}"
-    why += f"; above {found.limit_of(sign):g} is a sign"
+    why = f"{named(sign, classes)} is reached unusually easily. {reason(found, sign)} is a sign"
     if evidence.left:
         return (
             f"There are signs of a backdoor, and something unusual is left: {why}. The triggers to {erased} were "
@@ -250,8 +249,8 @@ def detection_verdict(found: Detection, classes: Sequence[str]) -> str:
         others = ", ".join(named(label, classes) for label in found.reached if label != sign)
         more = f" Also unusual: {others}." if others else ""
         return (
-            f"There are signs of a backdoor: {named(sign, classes)} is reached unusually easily. {reason(scan, sign)}; "
-            f"above {found.limit_of(sign):g} is a sign.{more}"
+            f"There are signs of a backdoor: {named(sign, classes)} is reached unusually easily. "
+            f"{reason(found, sign)} is a sign.{more}"
         )
     label = scan.classes[int(scan.excess().amax(0).argmax())]
     absorbs = ""
@@ -259,8 +258,8 @@ def detection_verdict(found: Detection, classes: Sequence[str]) -> str:
         absorbs = " Random changes send most of the images that they move to that class, so it is easy to reach anyhow."
     return (
         "No sign of a backdoor was found: no class is reached by an unusually small trigger of any kind that was "
-        f"searched ({kinds(scan)}). Closest comes {named(label, classes)}: {reason(scan, label)}; above "
-        f"{found.limit_of(label):g} would be a sign.{absorbs} That is no proof: triggers of other kinds do not show "
+        f"searched ({kinds(scan)}). Closest comes {named(label, classes)}: {reason(found, label)} "
+        f"would be a sign.{absorbs} That is no proof: triggers of other kinds do not show "
         "this way."
     )
 

@@ -161,14 +161,16 @@ def in_words(found: Found) -> str:
     return KINDS.get(found.family, ("", f"a trigger ({found.family}) of size {{:.2g}}"))[1].format(found.size.item())
 
 
-def reason(scan: Scan, target: int) -> str:
-    """What is unusual about a class, or about `ANYWHERE`: the trigger, and what it does."""
+def reason(found: Detection, target: int) -> str:
+    """What is unusual about a class, or about `ANYWHERE`: the trigger, what it does, and the limit."""
+    scan, limit = found.scan, found.limit_of(target)
     family, excess = scan.strongest(target)
     one = scan.of([target])[family]
     where = "to another class" if target == ANYWHERE else "there"
     whose = "images of every class" if target == ANYWHERE else "all other images"
     said = f"{in_words(one)[0].upper()}{in_words(one)[1:]} sends {percent(one.reach.item())} of {whose} {where}"
-    return f"{said}, {excess:.1f} standard deviations from what is usual"
+    digits = 1 if f"{excess:.1f}" != f"{limit:.1f}" else 2  # "2.6; above 2.6" says nothing
+    return f"{said}, {excess:.{digits}f} standard deviations from what is usual; above {limit:g}"
 
 
 def most_unusual(scan: Scan, labels: Sequence[int]) -> int:

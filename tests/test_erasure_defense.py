@@ -24,6 +24,7 @@ from smi.erasure.search import ANYWHERE, REACHED, Found, Search, _losses
 from smi.erasure.tune import Tuning
 from smi.models import load_classifier
 from smi.report import detection_verdict, removal_page, removal_verdict
+from smi.sections import reason
 
 SHAPE = torch.Size((1, 32, 32))
 
@@ -440,6 +441,13 @@ def test_the_first_line_is_a_decision_with_its_reason(treated, left, words):
     assert "Is there a backdoor?" in page
     assert ("The triggers that were found" in page) == bool(treated)
     json.dumps(run.summary(), default=str)
+
+
+def test_an_excess_is_never_printed_as_the_limit_that_it_is_compared_with():
+    scan = Scan([found([1.0, 4.0, 4.2, 4.1])])
+    excess = scan.excess().max().item()
+    assert f"{excess:.2f} standard deviations" in reason(Detection(scan, [0], round(excess, 1), 4.0), 0)
+    assert f"{excess:.1f} standard deviations" in reason(Detection(scan, [0], excess - 0.2, 4.0), 0)
 
 
 @pytest.mark.parametrize(("asked", "why"), [(True, "because that was asked for"), (False, "all the same")])
