@@ -22,7 +22,7 @@ from smi.analysis import (
 )
 from smi.attacks import BadNets, Blended, TrojanSquare
 from smi.classifiers import TrainConfig
-from smi.defenses import defenses
+from smi.defenses import NAD, defenses
 from smi.defenses.base import Schedule, following
 from smi.domains import PrivateSet, Samples
 from smi.errors import InputError
@@ -213,9 +213,10 @@ def test_worst_and_kept_of_a_path():
 
 def test_of_a_defense_that_trains_twice_the_last_training_is_followed(pair):
     model, samples = pair
-    path = loss_along_path(model, quick("nad"), samples, None, samples)
+    nad = NAD(epochs=3, teacher_epochs=2, lr=0.01)
+    path = loss_along_path(model, nad, samples, None, samples)
     assert len(path.loss) == 4
-    expected = F.cross_entropy(quick("nad").repair(model, samples).model(samples.images), samples.labels)
+    expected = F.cross_entropy(nad.repair(model, samples).model(samples.images), samples.labels)
     assert path.loss[-1].mean().item() == pytest.approx(expected.item(), rel=1e-4)
 
 

@@ -31,7 +31,7 @@ from smi.models import load_classifier
 DISTIL = Schedule(rounds=2, batch_size=12, distill=1.0)
 ALL = {
     "fp": FinePrune(schedule=QUICK),
-    "nad": NAD(schedule=DISTIL),
+    "nad": NAD(epochs=2, teacher_epochs=1, lr=0.01, batch_size=12),
     "anp": ANP(schedule=Schedule(rounds=2, batch_size=12, lr=0.2), tolerance=0.7),
     "ftsam": FTSAM(epochs=2, batch_size=12),
     "clp": CLP(u=0.5),
@@ -41,7 +41,7 @@ ALL = {
 @pytest.mark.parametrize("name", ALL)
 def test_repair_changes_a_copy_and_only_a_copy_and_repeats(name) -> None:
     public = PublicImages(torch.rand(9, 1, 8, 8, generator=rng(4)))
-    repair = check_repair(ALL[name], samples(), public, keeps_statistics=name != "ftsam")
+    repair = check_repair(ALL[name], samples(), public, keeps_statistics=name not in ("ftsam", "nad"))
     assert repair.defense == name
     assert defenses[name] is type(ALL[name])
 
@@ -75,7 +75,10 @@ def test_only_clp_does_without_samples(name) -> None:
     ("defense", "bad"),
     [
         (FinePrune, {"tolerance": 2}),
-        (NAD, {"beta": -1}),
+        (NAD, {"betas": (-1.0,)}),
+        (NAD, {"betas": ()}),
+        (NAD, {"epochs": 0}),
+        (NAD, {"augment": "mirror"}),
         (ANP, {"epsilon": -1}),
         (FTSAM, {"rho": -1}),
         (FTSAM, {"augment": "mirror"}),
@@ -288,11 +291,11 @@ def test_anp_says_that_it_needs_batchnorm() -> None:
 def test_attention_distance_is_one_of_unit_maps() -> None:
     left, right = torch.zeros(2, 3, 2, 2), torch.zeros(2, 3, 2, 2)
     left[:, 0, 0, 0], right[:, 1, 1, 1] = 5.0, -0.1
-    assert attention_distance(left, right, 2.0).item() == pytest.approx(math.sqrt(2))
-    assert attention_distance(left, -7 * left.roll(1, 1), 2.0).item() < 1e-5  # neither size, sign nor channel counts
+    assert attention_distance(left, right, 2.0).item() == pytest.approx(2 / 4)  # two ones in four pixels
+    assert attention_distance(left, -7 * left.roll(1, 1), 2.0).item() < 1e-10  # neither size, sign nor channel counts
     half = left.clone()
     half[:, 0, 0, 1] = 5.0
-    assert attention_distance(left, half, 2.0).item() == pytest.approx(math.sqrt((1 - 0.5**0.5) ** 2 + 0.5))
+    assert attention_distance(left, half, 2.0).item() == pytest.approx(((1 - 0.5**0.5) ** 2 + 0.5) / 4)
 
 
 @pytest.mark.parametrize(
@@ -313,12 +316,24 @@ def test_attention_layers_are_the_last_of_each_size(arch, expected) -> None:
 
 
 def test_nad_brings_attention_nearer_to_the_teacher_than_without_its_term() -> None:
-    schedule, ends = Schedule(rounds=12, lr=5e-3, batch_size=24, distill=0.0), {}
-    for beta in (0.0, 10.0):
-        log = NAD(schedule=schedule, beta=beta).repair(tiny_model(), samples(72), seed=3).log
+    ends = {}
+    for beta in (0.0, 500.0):
+        nad = NAD(betas=(beta,), epochs=12, teacher_epochs=2, lr=0.02, batch_size=24, augment="none")
+        log = nad.repair(tiny_model(), samples(72), seed=3).log
         ends[beta] = sum(log["attention"][-3:])
         assert log["layers"] == ["body.2"]
-    assert ends[10.0] < 0.7 * ends[0.0], ends
+        assert len(log["loss"]) == 12
+        assert len(log["teacher_loss"]) == 2
+    assert ends[500.0] < 0.7 * ends[0.0], ends
+
+
+def test_the_last_beta_is_of_the_last_layer() -> None:
+    given = Samples(torch.rand(6, 3, 32, 32, generator=rng()), torch.arange(6) % 3, 3, "clean")
+    model = build_classifier("small_vgg", 3, 3).eval()
+    for betas, layers in (((1.0,), ["body.7"]), ((0.0, 1.0), ["body.4", "body.7"])):
+        assert NAD(betas=betas, epochs=1, teacher_epochs=1).repair(model, given).log["layers"] == layers
+    more = NAD(betas=(0.0, 0.0, 0.0, 1.0), epochs=1, teacher_epochs=1).repair(model, given)
+    assert more.log["layers"] == ["body.1", "body.4", "body.7"]
 
 
 # ---------------------------------------------------------------- FT-SAM

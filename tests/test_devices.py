@@ -35,7 +35,7 @@ FAST = Schedule(rounds=2, batch_size=8, distill=1.0)
 REMOVALS = {
     "ft": TUNE,
     "fp": FinePrune(schedule=FAST),
-    "nad": NAD(schedule=FAST),
+    "nad": NAD(epochs=2, teacher_epochs=1),
     "anp": ANP(schedule=FAST),
     "ftsam": FTSAM(epochs=2, batch_size=8),
     "clp": CLP(u=0.5),

@@ -8,23 +8,21 @@ those of a backdoor's neurons are.
 
 from __future__ import annotations
 
-import copy
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smi.checks import check_number, device_of
+from smi.checks import check_number
 from smi.classifiers import AUGMENTATIONS
-from smi.compute import fast
-from smi.defenses.base import Defense, Repair, defenses, follower
-from smi.defenses.channels import NORMS
+from smi.compute import Runner
+from smi.defenses.base import Defense, Repair, defenses
+from smi.defenses.sgd import train, trainable
 from smi.domains.base import PublicImages, Samples
 from smi.errors import InputError
-from smi.seeding import stream
 
 
 @defenses.register("ftsam")
@@ -71,39 +69,36 @@ class FTSAM(Defense):
             raise InputError(f"augment is {self.augment!r}. Allowed: {', '.join(AUGMENTATIONS)}.")
 
     def _repair(self, model: nn.Module, samples: Samples, public: PublicImages | None, seed: int) -> Repair:
-        repaired, device = copy.deepcopy(model).eval().requires_grad_(True), device_of(model)
-        norms = [module.train() for module in repaired.modules() if isinstance(module, NORMS)]
+        repaired, norms = trainable(model)
         weights: dict[str, Tensor] = dict(repaired.named_parameters())
         optimizer = torch.optim.SGD(weights.values(), self.lr, self.momentum, weight_decay=self.weight_decay)
-        steps = math.ceil(len(samples) / self.batch_size)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs * steps)
-        rng, augment, follow = stream(seed, "repair"), AUGMENTATIONS[self.augment], follower()
-        curve: list[float] = []
-        follow(repaired, 0)
-        with fast(repaired) as run:
-            for epoch in range(self.epochs):
-                total = 0.0
-                for batch in torch.randperm(len(samples), generator=rng).tensor_split(steps):
-                    images, labels = augment(samples.images[batch], rng).to(device), samples.labels[batch].to(device)
 
-                    def at(point: Mapping[str, Tensor], x: Tensor = images, y: Tensor = labels) -> Tensor:
-                        return F.cross_entropy(run(x, point), y, label_smoothing=self.smoothing)
+        def loss(run: Runner, images: Tensor, labels: Tensor) -> Tensor:
+            def at(point: Mapping[str, Tensor]) -> Tensor:
+                return F.cross_entropy(run(images, point), labels, label_smoothing=self.smoothing)
 
-                    point = worst(weights, at, self.rho)
-                    momenta = [norm.momentum for norm in norms]
-                    for norm in norms:
-                        norm.momentum = 0.0  # what is normalised at the worst point is not remembered
-                    loss = at(point)
-                    for norm, momentum in zip(norms, momenta, strict=True):
-                        norm.momentum = momentum
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
-                    schedule.step()
-                    total += loss.item()
-                curve.append(total / steps)
-                follow(repaired, epoch + 1)
+            point = worst(weights, at, self.rho)
+            with _forgetting(norms):  # what is normalised at the worst point is not remembered
+                return at(point)
+
+        curve = train(
+            repaired, samples, optimizer, loss,
+            epochs=self.epochs, batch_size=self.batch_size, augment=self.augment, seed=seed,
+        )  # fmt: skip
         return Repair(repaired.eval(), self.name, samples.source, self.settings(), {"loss": curve})
+
+
+@contextmanager
+def _forgetting(norms: Sequence[nn.Module]) -> Iterator[None]:
+    """BatchNorm layers that normalise by the batch and do not learn its statistics."""
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
 
 
 def worst(
