@@ -55,21 +55,18 @@ class Family(Protocol):
     def size(self, numbers: Tensor, shape: torch.Size) -> Tensor:
         """How much of an image each candidate takes, ``[K]``, in the family's own unit."""
 
-    def change(self, images: Tensor, rng: torch.Generator, share: float = 1.0) -> Tensor:
-        """Each image ``[N, C, H, W]`` under a random change of its own, of this kind and of any strength up to that
-        share of the family's; on the CPU."""
+    def change(self, images: Tensor, rng: torch.Generator) -> Tensor:
+        """Each image ``[N, C, H, W]`` under a random change of its own, of this kind and of any strength up to the
+        family's; on the CPU."""
 
 
 families: Registry[Family] = Registry("trigger family")
 
 
-def changed(images: Tensor, rng: torch.Generator, share: float = 1.0) -> Tensor:
-    """Each image under a random change of one of the registered families, as many of each: ``[N, C, H, W]``.
-
-    share: of the families' strengths.
-    """
+def changed(images: Tensor, rng: torch.Generator) -> Tensor:
+    """Each image under a random change of one of the registered families, as many of each: ``[N, C, H, W]``."""
     parts = zip(families, images.tensor_split(len(families)), strict=True)
-    return torch.cat([families[name].change(part, rng, share) for name, part in parts])
+    return torch.cat([families[name].change(part, rng) for name, part in parts])
 
 
 def _strengths(images: Tensor, most: float, rng: torch.Generator) -> Tensor:
@@ -104,10 +101,10 @@ class Additive:
         """L2 norms ``[K]``, in pixels of [0, 1]."""
         return _norm(numbers)
 
-    def change(self, images: Tensor, rng: torch.Generator, share: float = 1.0) -> Tensor:
+    def change(self, images: Tensor, rng: torch.Generator) -> Tensor:
         """White noise."""
         noise = torch.randn(images.shape, generator=rng)
-        return (images + _strengths(images, share * self.strength, rng) * noise).clamp(0, 1)
+        return (images + _strengths(images, self.strength, rng) * noise).clamp(0, 1)
 
 
 @dataclass(frozen=True)
@@ -143,19 +140,19 @@ class Masked:
         """Sums of the masks ``[K]``."""
         return self.parts(numbers, shape)[0].flatten(1).sum(1)
 
-    def change(self, images: Tensor, rng: torch.Generator, share: float = 1.0) -> Tensor:
+    def change(self, images: Tensor, rng: torch.Generator) -> Tensor:
         """Patches of any side and place, of one colour or of cells of two pixels that are on or off."""
         out, shape = images.clone(), images.shape[1:]
         for image in out:
             for _ in range(1 + int(torch.randint(self.patches, (1,), generator=rng))):
-                height, width = (self._side(length, share, rng) for length in shape[1:])
+                height, width = (self._side(length, rng) for length in shape[1:])
                 spare = zip(shape[1:], (height, width), strict=True)
                 top, left = (int(torch.randint(whole - side + 1, (1,), generator=rng)) for whole, side in spare)
                 image[:, top : top + height, left : left + width] = self._patch(shape[0], height, width, rng)
         return out
 
-    def _side(self, length: int, share: float, rng: torch.Generator) -> int:
-        least, most = min(2, length), max(2, int(share * self.strength * length))
+    def _side(self, length: int, rng: torch.Generator) -> int:
+        least, most = min(2, length), max(2, int(self.strength * length))
         return least + int(torch.randint(max(1, most - least + 1), (1,), generator=rng))
 
     def _patch(self, channels: int, height: int, width: int, rng: torch.Generator) -> Tensor:
@@ -195,11 +192,11 @@ class Smooth:
         """Root mean squares ``[K]``."""
         return _norm(self.delta(numbers, shape)) / math.sqrt(shape.numel())
 
-    def change(self, images: Tensor, rng: torch.Generator, share: float = 1.0) -> Tensor:
+    def change(self, images: Tensor, rng: torch.Generator) -> Tensor:
         """Gaussian noise on the grid, enlarged."""
         shape = images.shape[1:]
         numbers = self.start(len(images), shape, rng)
-        scale = _strengths(images, share * self.strength, rng) / self.size(numbers, shape).view(-1, 1, 1, 1)
+        scale = _strengths(images, self.strength, rng) / self.size(numbers, shape).view(-1, 1, 1, 1)
         return (images + scale * self.delta(numbers, shape)).clamp(0, 1)
 
 
@@ -246,11 +243,11 @@ class Warped:
         """Root mean square displacements ``[K]``."""
         return _norm(self.field(numbers, shape)) / math.sqrt(shape[1] * shape[2])
 
-    def change(self, images: Tensor, rng: torch.Generator, share: float = 1.0) -> Tensor:
+    def change(self, images: Tensor, rng: torch.Generator) -> Tensor:
         """Random displacements on the grid, each image by its own."""
         shape = images.shape[1:]
         numbers = self.start(len(images), shape, rng)
-        scale = _strengths(images, share * self.strength * shape[2], rng) / self.size(numbers, shape).view(-1, 1, 1, 1)
+        scale = _strengths(images, self.strength * shape[2], rng) / self.size(numbers, shape).view(-1, 1, 1, 1)
         points = self._points(scale * self.field(numbers, shape))
         return F.grid_sample(images, points, align_corners=True).clamp(0, 1)
 

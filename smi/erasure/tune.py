@@ -38,7 +38,6 @@ class Tuning:
     clip: Largest L2 norm of a step's gradient.
     batch_size: Images a step, half of them public where there are any. Each is shown unchanged and changed.
     found: Share in [0, 1] of the changes that are found triggers, where there are any. The others are random.
-    strength: Of the random changes, as a share of `Family.change`'s own.
     still: Weight of the unchanged images, that of the changed ones being 1.
     """
 
@@ -48,13 +47,12 @@ class Tuning:
     clip: float = 1.0
     batch_size: int = 32
     found: float = 0.25
-    strength: float = 1.0
     still: float = 3.0
 
     def __post_init__(self) -> None:
         for whole in ("steps", "batch_size"):
             check_number(whole, getattr(self, whole), low=1, integer=True)
-        for rate in ("lr", "clip", "still", "strength"):
+        for rate in ("lr", "clip", "still"):
             check_number(rate, getattr(self, rate), low=0)
         check_number("momentum", self.momentum, low=0, high=1)
         check_number("found", self.found, low=0, high=1)
@@ -116,7 +114,7 @@ def _drawn(pools: Sequence[Tensor], count: int, rng: torch.Generator) -> Tensor:
 def _changed(images: Tensor, labels: Tensor, found: Sequence[Found], config: Tuning, rng: torch.Generator) -> Tensor:
     """Every image under a found trigger or a random change."""
     count = round(config.found * len(images)) if any(len(one.targets) for one in found) else 0
-    other = changed(images[count:], rng, config.strength)
+    other = changed(images[count:], rng)
     return torch.cat([stamped(images[:count], labels[:count], found, rng), other])
 
 
