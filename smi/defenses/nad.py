@@ -22,9 +22,9 @@ from torch.nn import functional as F
 from smi.checks import check_number, device_of, evaluating
 from smi.classifiers import AUGMENTATIONS
 from smi.compute import Runner, fast, frozen
-from smi.defenses.base import Defense, Repair, defenses
+from smi.defenses.base import Defense, Repair, StepLoss, defenses
 from smi.defenses.channels import CONVOLUTIONS, watch
-from smi.defenses.sgd import StepLoss, train, trainable
+from smi.defenses.sgd import train, trainable
 from smi.domains.base import PublicImages, Samples
 from smi.errors import InputError
 from smi.seeding import derive

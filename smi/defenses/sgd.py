@@ -8,20 +8,17 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from smi.checks import device_of
 from smi.classifiers import AUGMENTATIONS
-from smi.compute import Runner, fast
-from smi.defenses.base import follower
+from smi.compute import fast
+from smi.defenses.base import StepLoss, follower
 from smi.defenses.channels import NORMS
 from smi.domains.base import Samples
 from smi.seeding import stream
-
-StepLoss = Callable[[Runner, Tensor, Tensor], Tensor]
 
 
 def trainable(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
