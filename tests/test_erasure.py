@@ -118,8 +118,6 @@ def test_a_random_change_is_each_images_own_and_of_the_families_kind(name):
             size = off.square().mean((1, 2, 3)).sqrt()
             assert 0.6 * family.strength < size.max() <= 1.1 * family.strength
             assert size.min() < 0.2 * family.strength
-            weak = family.change(images, torch.Generator().manual_seed(0), 0.25) - images
-            assert 0.24 < weak.square().mean().sqrt() / off.square().mean().sqrt() < 0.3  # what is clipped
             steps = off[..., 1:] - off[..., :-1]  # from pixel to pixel: large in noise, small in what is smooth
             assert (steps.square().mean() > off.square().mean()) == (name == "additive")
 
@@ -150,7 +148,7 @@ def test_random_changes_alone_take_much_of_a_backdoor_and_little_accuracy(digits
 def test_a_share_of_the_changes_are_found_triggers(monkeypatch):
     images, seen = torch.full((16, 1, 8, 8), 0.5), []
     samples = smi.Samples(images, torch.zeros(16, dtype=torch.long), 2, "clean")
-    monkeypatch.setattr("smi.erasure.tune.changed", lambda some, rng, share: seen.append(len(some)) or some)
+    monkeypatch.setattr("smi.erasure.tune.changed", lambda some, rng: seen.append(len(some)) or some)
     monkeypatch.setattr("smi.erasure.tune.stamped", lambda some, labels, *_: seen.append(len(labels)) or some)
     model, numbers = nn.Sequential(nn.Flatten(), nn.Linear(64, 2)), torch.zeros(1, 64)
     for target, count in ((1, 4), (None, 0)):
