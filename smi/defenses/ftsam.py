@@ -17,17 +17,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smi.checks import check_number
-from smi.classifiers import AUGMENTATIONS
 from smi.compute import Runner
-from smi.defenses.base import Defense, Repair, defenses
-from smi.defenses.sgd import train, trainable
+from smi.defenses.base import Repair, defenses
+from smi.defenses.sgd import Tuned, trainable
 from smi.domains.base import PublicImages, Samples
-from smi.errors import InputError
 
 
 @defenses.register("ftsam")
 @dataclass(frozen=True, kw_only=True)
-class FTSAM(Defense):
+class FTSAM(Tuned):
     """Fine-tuning at the worst point of a neighbourhood of the weights, with the paper's settings for CIFAR-10.
 
     SGD with label smoothing and a cosine decay; every BatchNorm normalises by the batch, and learns its statistics
@@ -38,40 +36,22 @@ class FTSAM(Defense):
 
     Attributes:
         rho: ρ, the size of the neighbourhood as a multiple of the weights' own; 0 is fine-tuning by the same recipe.
-        epochs: Passes over the samples. 500 samples make 200 steps.
-        lr: Rate at the first step.
-        momentum: In [0, 1].
-        weight_decay: Of all weights.
-        batch_size: Samples a step, at most: they are cut into equal batches.
         smoothing: Of the labels, in [0, 1].
-        augment: Of the samples, a name of `smi.classifiers.AUGMENTATIONS`.
     """
 
     rho: float = 2.0
-    epochs: int = 100
-    lr: float = 0.01
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    batch_size: int = 256
     smoothing: float = 0.1
-    augment: str = "crop"
 
     name = "ftsam"
 
     def __post_init__(self) -> None:
-        for rate in ("rho", "lr", "weight_decay"):
-            check_number(rate, getattr(self, rate), low=0)
-        for share in ("momentum", "smoothing"):
-            check_number(share, getattr(self, share), low=0, high=1)
-        check_number("epochs", self.epochs, low=1, integer=True)
-        check_number("batch_size", self.batch_size, low=2, integer=True)
-        if self.augment not in AUGMENTATIONS:
-            raise InputError(f"augment is {self.augment!r}. Allowed: {', '.join(AUGMENTATIONS)}.")
+        super().__post_init__()
+        check_number("rho", self.rho, low=0)
+        check_number("smoothing", self.smoothing, low=0, high=1)
 
     def _repair(self, model: nn.Module, samples: Samples, public: PublicImages | None, seed: int) -> Repair:
         repaired, norms = trainable(model)
         weights: dict[str, Tensor] = dict(repaired.named_parameters())
-        optimizer = torch.optim.SGD(weights.values(), self.lr, self.momentum, weight_decay=self.weight_decay)
 
         def loss(run: Runner, images: Tensor, labels: Tensor) -> Tensor:
             def at(point: Mapping[str, Tensor]) -> Tensor:
@@ -81,10 +61,7 @@ class FTSAM(Defense):
             with _forgetting(norms):  # what is normalised at the worst point is not remembered
                 return at(point)
 
-        curve = train(
-            repaired, samples, optimizer, loss,
-            epochs=self.epochs, batch_size=self.batch_size, augment=self.augment, seed=seed,
-        )  # fmt: skip
+        curve = self._train(repaired, samples, loss, seed=seed)
         return Repair(repaired.eval(), self.name, samples.source, self.settings(), {"loss": curve})
 
 

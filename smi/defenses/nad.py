@@ -20,11 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smi.checks import check_number, device_of, evaluating
-from smi.classifiers import AUGMENTATIONS
 from smi.compute import Runner, fast, frozen
-from smi.defenses.base import Defense, Repair, StepLoss, defenses
+from smi.defenses.base import Repair, defenses
 from smi.defenses.channels import CONVOLUTIONS, watch
-from smi.defenses.sgd import train, trainable
+from smi.defenses.sgd import Tuned, trainable
 from smi.domains.base import PublicImages, Samples
 from smi.errors import InputError
 from smi.seeding import derive
@@ -32,7 +31,7 @@ from smi.seeding import derive
 
 @defenses.register("nad")
 @dataclass(frozen=True, kw_only=True)
-class NAD(Defense):
+class NAD(Tuned):
     """Neural attention distillation, with the settings of BackdoorBench for CIFAR-10 (Wu et al., NeurIPS 2022).
 
     SGD with a cosine decay; every BatchNorm normalises by the batch and learns its statistics. Public images are not
@@ -44,47 +43,30 @@ class NAD(Defense):
         betas: β of the last layers of `attention_layers`, the last one last. Of a model with fewer, the last ones
             count.
         power: p.
-        epochs: Passes of the student over the samples.
         teacher_epochs: Of the teacher, by the same recipe without attention.
-        lr: Rate at first.
-        momentum: In [0, 1].
-        weight_decay: Of all weights.
-        batch_size: Samples a step, at most.
-        augment: Of the samples, a name of `smi.classifiers.AUGMENTATIONS`.
     """
 
     betas: tuple[float, ...] = (500.0, 1000.0, 1000.0)
     power: float = 2.0
-    epochs: int = 100
     teacher_epochs: int = 10
-    lr: float = 0.01
-    momentum: float = 0.9
     weight_decay: float = 1e-4
-    batch_size: int = 256
-    augment: str = "crop"
 
     name = "nad"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.betas:
-            raise InputError("betas is empty. Give a weight for the last layer at least, such as (5000.0,).")
+            raise InputError("betas is empty. Give a weight for the last layer at least, such as (1000.0,).")
         for beta in self.betas:
             check_number("betas", beta, low=0)
         check_number("power", self.power, low=1)
-        for whole in ("epochs", "teacher_epochs"):
-            check_number(whole, getattr(self, whole), low=1, integer=True)
-        for rate in ("lr", "weight_decay"):
-            check_number(rate, getattr(self, rate), low=0)
-        check_number("momentum", self.momentum, low=0, high=1)
-        check_number("batch_size", self.batch_size, low=2, integer=True)
-        if self.augment not in AUGMENTATIONS:
-            raise InputError(f"augment is {self.augment!r}. Allowed: {', '.join(AUGMENTATIONS)}.")
+        check_number("teacher_epochs", self.teacher_epochs, low=1, integer=True)
 
     def _repair(self, model: nn.Module, samples: Samples, public: PublicImages | None, seed: int) -> Repair:
         names = attention_layers(model, samples.images)[-len(self.betas) :]
         betas = dict(zip(names, self.betas[-len(names) :], strict=True))
         teacher, _ = trainable(model)
-        first = self._train(teacher, samples, self.teacher_epochs, _plain, derive(seed, "teacher"))
+        first = self._train(teacher, samples, _plain, seed=derive(seed, "teacher"), epochs=self.teacher_epochs)
         teacher = frozen(teacher)
         student, _ = trainable(model)
         taught: dict[str, Tensor] = {}
@@ -100,16 +82,9 @@ class NAD(Defense):
             return value + torch.stack([betas[name] * gap for name, gap in gaps.items()]).sum()
 
         with watch(teacher, names, taught), watch(student, names, learned):
-            curve = self._train(student, samples, self.epochs, loss, seed)
+            curve = self._train(student, samples, loss, seed=seed)
         log = {"loss": curve, "teacher_loss": first, "layers": names, "attention": distances}
         return Repair(student.eval(), self.name, samples.source, self.settings(), log)
-
-    def _train(self, model: nn.Module, samples: Samples, epochs: int, loss: StepLoss, seed: int) -> list[float]:
-        optimizer = torch.optim.SGD(model.parameters(), self.lr, self.momentum, weight_decay=self.weight_decay)
-        return train(
-            model, samples, optimizer, loss,
-            epochs=epochs, batch_size=self.batch_size, augment=self.augment, seed=seed,
-        )  # fmt: skip
 
 
 def _plain(run: Runner, images: Tensor, labels: Tensor) -> Tensor:

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from smi.checks import device_of
+from smi.checks import check_number, device_of
 from smi.classifiers import AUGMENTATIONS
 from smi.compute import fast
-from smi.defenses.base import StepLoss, follower
+from smi.defenses.base import Defense, StepLoss, follower
 from smi.defenses.channels import NORMS
 from smi.domains.base import Samples
+from smi.errors import InputError
 from smi.seeding import stream
 
 
@@ -27,47 +29,66 @@ def trainable(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
     return copied, [module.train() for module in copied.modules() if isinstance(module, NORMS)]
 
 
-def train(
-    model: nn.Module,
-    samples: Samples,
-    optimizer: torch.optim.Optimizer,
-    loss: StepLoss,
-    *,
-    epochs: int,
-    batch_size: int,
-    augment: str,
-    seed: int,
-) -> list[float]:
-    """Train ``model`` in place.
+@dataclass(frozen=True, kw_only=True)
+class Tuned(Defense):
+    """Base of the defenses that train this way.
 
-    Args:
-        model: As `trainable` gives it.
-        samples: They stay on the CPU; a step's go to where the model is.
-        optimizer: Of the model's parameters. Its rate falls along one cosine.
-        loss: Of a step: ``loss(run, images, labels)``, differentiable.
+    Attributes:
         epochs: Passes over the samples.
+        lr: Rate at the first step; it falls along one cosine.
+        momentum: In [0, 1].
+        weight_decay: Of all weights.
         batch_size: Samples a step, at most: they are cut into equal batches.
-        augment: A name of `smi.classifiers.AUGMENTATIONS`.
-        seed: Of the order of the samples and of the augmentation.
-
-    Returns:
-        The mean loss of each epoch.
+        augment: Of the samples, a name of `smi.classifiers.AUGMENTATIONS`.
     """
-    device, steps = device_of(model), math.ceil(len(samples) / batch_size)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps)
-    rng, vary, follow = stream(seed, "repair"), AUGMENTATIONS[augment], follower()
-    curve: list[float] = []
-    follow(model, 0)
-    with fast(model) as run:
-        for epoch in range(epochs):
-            total = 0.0
-            for batch in torch.randperm(len(samples), generator=rng).tensor_split(steps):
-                value = loss(run, vary(samples.images[batch], rng).to(device), samples.labels[batch].to(device))
-                optimizer.zero_grad()
-                value.backward()
-                optimizer.step()
-                schedule.step()
-                total += value.item()
-            curve.append(total / steps)
-            follow(model, epoch + 1)
-    return curve
+
+    epochs: int = 100
+    lr: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    batch_size: int = 256
+    augment: str = "crop"
+
+    def __post_init__(self) -> None:
+        for rate in ("lr", "weight_decay"):
+            check_number(rate, getattr(self, rate), low=0)
+        check_number("momentum", self.momentum, low=0, high=1)
+        check_number("epochs", self.epochs, low=1, integer=True)
+        check_number("batch_size", self.batch_size, low=2, integer=True)
+        if self.augment not in AUGMENTATIONS:
+            raise InputError(f"augment is {self.augment!r}. Allowed: {', '.join(AUGMENTATIONS)}.")
+
+    def _train(
+        self, model: nn.Module, samples: Samples, loss: StepLoss, *, seed: int, epochs: int | None = None
+    ) -> list[float]:
+        """Train ``model`` in place, as `trainable` gives it.
+
+        Args:
+            model: It says where; the samples stay on the CPU, a step's go there.
+            samples: With labels.
+            loss: Of a step: ``loss(run, images, labels)``, differentiable.
+            seed: Of the order of the samples and of the augmentation.
+            epochs: Where there are to be others than `epochs`.
+
+        Returns:
+            The mean loss of each epoch.
+        """
+        epochs, steps = epochs or self.epochs, math.ceil(len(samples) / self.batch_size)
+        optimizer = torch.optim.SGD(model.parameters(), self.lr, self.momentum, weight_decay=self.weight_decay)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps)
+        rng, vary, follow = stream(seed, "repair"), AUGMENTATIONS[self.augment], follower()
+        device, curve = device_of(model), []
+        follow(model, 0)
+        with fast(model) as run:
+            for epoch in range(epochs):
+                total = 0.0
+                for batch in torch.randperm(len(samples), generator=rng).tensor_split(steps):
+                    value = loss(run, vary(samples.images[batch], rng).to(device), samples.labels[batch].to(device))
+                    optimizer.zero_grad()
+                    value.backward()
+                    optimizer.step()
+                    schedule.step()
+                    total += value.item()
+                curve.append(total / steps)
+                follow(model, epoch + 1)
+        return curve
