@@ -7,7 +7,7 @@ other classes take (`smi.erasure.scan`).
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from smi.checks import check_model, check_number
 from smi.compute import asked_precision, fingerprint_of, frozen
 from smi.domains.base import PublicImages, Samples, check_public, check_samples
+from smi.erasure.directions import kept
 from smi.erasure.natural import natural_images
 from smi.erasure.scan import Scan, drift, look
 from smi.erasure.search import ANYWHERE, Search
@@ -36,28 +37,38 @@ class Detector:
         others: The same for further classes that are not `NEAR` the most unusual one: more, since most backdoors have
             one target.
         absorbing: The same for the class that takes whatever the model does not know (`Scan.absorbing`).
+        anywhere: The same for `ANYWHERE`.
+        kept: What `Scan.kept` has to be for that: the share of natural images that stay in their class where it is
+            erased.
     """
 
     search: Search = field(default_factory=Search)
     unusual: float = 2.6
     others: float = 4.0
     absorbing: float = 6.5
+    anywhere: float = 2.0
+    kept: float = 0.95
 
     def __post_init__(self) -> None:
         check_number("unusual", self.unusual, low=0)
         check_number("others", self.others, low=0)
         check_number("absorbing", self.absorbing, low=0)
+        check_number("anywhere", self.anywhere, low=0)
+        check_number("kept", self.kept, low=0, high=1)
 
     def scan(self, model: nn.Module, shown: Samples, *, seed: int = 0) -> Scan:
         """The search on ``model``, for every class and `ANYWHERE`, on the images ``shown``."""
         targets = [*range(shown.num_classes), ANYWHERE]
         found = look(frozen(model), shown.images, shown.labels, targets, self.search, seed=seed)
-        return Scan(found, drift(model, shown.images, shown.labels, shown.num_classes, seed=seed))
+        scan = Scan(found, drift(model, shown.images, shown.labels, shown.num_classes, seed=seed))
+        if scan.excess_anywhere().max() > self.anywhere:
+            scan = replace(scan, kept=kept(model, shown, [scan.of([ANYWHERE])[scan.strongest(ANYWHERE)[0]]]))
+        return scan
 
     def judge(self, scan: Scan) -> Detection:
         """Which classes are signs: the most unusual one and clear further ones, or `ANYWHERE` where that is unusual."""
         reached = self._stand_out(scan, self.unusual, scan.excess().amax(0).max().item())
-        return Detection(scan, reached, self.unusual, self.others, self.absorbing)
+        return Detection(scan, reached, self.unusual, self.others, self.absorbing, self.anywhere)
 
     def candidates(self, scan: Scan, limit: float) -> list[int]:
         """The same with another limit for the most unusual class, and without regard to a class that absorbs."""
@@ -65,7 +76,7 @@ class Detector:
 
     def _stand_out(self, scan: Scan, limit: float, top: float) -> list[int]:
         """The most unusual class, if its excess is ``top``, and others by that; or `ANYWHERE`."""
-        if scan.excess_anywhere().max() > self.unusual:
+        if scan.excess_anywhere().max() > self.anywhere and (scan.kept is None or scan.kept > self.kept):
             return [ANYWHERE]
         further = max(limit, min(self.others, NEAR * top))
         pairs = zip(scan.classes, self._excess(scan).tolist(), strict=True)
@@ -92,6 +103,7 @@ class Detection:
         limit: Excess from which the most unusual class counts as that.
         others: The same for further classes.
         absorbing: The same for the class that takes whatever the model does not know (`Scan.absorbing`).
+        anywhere: The same for `ANYWHERE`.
     """
 
     scan: Scan
@@ -99,9 +111,12 @@ class Detection:
     limit: float
     others: float
     absorbing: float = math.inf
+    anywhere: float = math.inf
 
     def limit_of(self, label: int) -> float:
-        """Excess from which a class counts as a sign where it is the most unusual one."""
+        """Excess from which a class, the most unusual one, counts as a sign, or `ANYWHERE`."""
+        if label == ANYWHERE:
+            return self.anywhere
         return self.absorbing if label == self.scan.absorbing else self.limit
 
     @property
@@ -115,6 +130,7 @@ class Detection:
     def record(self) -> dict[str, Any]:
         """As plain values, for `report.json`."""
         limits = {"limit": self.limit, "others": self.others, "absorbing_limit": self.absorbing}
+        limits["anywhere_limit"] = self.anywhere
         return self.scan.record() | {"reached": self.reached} | limits
 
 

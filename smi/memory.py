@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-KEPT = 2**30  # bytes of freed memory that a process keeps
+KEPT = 2**28  # bytes of freed memory that a process keeps
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # as glibc's malloc.h numbers them
 
 
 def keep_freed() -> bool:
-    """Let this process keep up to 1 GiB of freed memory instead of returning it. Returns whether that was possible.
+    """Let this process keep up to 256 MiB of freed memory instead of returning it. Returns whether that was possible.
 
     Each step of an inversion or a removal frees tensors of megabytes and asks for as many again. glibc returns them to
     the system in between, and the page faults cost a quarter of the time on a CPU. For programs, which own their

@@ -1,5 +1,6 @@
 """The removal that finds triggers and erases them: what it looks at, what it decides, what it does and what it says."""
 
+import copy
 import json
 import math
 from dataclasses import replace
@@ -11,11 +12,11 @@ from tiny import noise, tiny_model
 from torch import nn
 
 import smi
-from smi.compute import frozen, predict
+from smi.compute import fingerprint_of, frozen, predict
 from smi.defenses import Erasure, Repair, defenses
 from smi.defenses.base import Evidence
 from smi.detection import Detection, Detector
-from smi.erasure.directions import directions
+from smi.erasure.directions import directions, erase_found, kept
 from smi.erasure.families import families
 from smi.erasure.head import features, head_of
 from smi.erasure.natural import SHOWN, joined, natural_images, spread_of
@@ -144,6 +145,16 @@ def test_a_trigger_to_anywhere_has_a_direction_a_class_that_it_moves(brightened)
     torch.testing.assert_close(rows, torch.stack(expected))
 
 
+def test_what_is_kept_without_a_direction_is_seen_on_a_copy(brightened):
+    model, samples, triggers = brightened
+    before, erased = fingerprint_of(model), copy.deepcopy(model)
+    erase_found(erased, samples, samples.images, [triggers])
+    share = (erased(samples.images).argmax(1) == samples.labels).float().mean()
+    assert kept(model, samples, [triggers]) == share
+    assert fingerprint_of(model) == before
+    assert kept(nn.Sequential(model, nn.Softmax(1)), samples, [triggers]) is None
+
+
 # The removal --------------------------------------------------------------------------------------------------------
 
 LOOK = Detector(search=Search(families=("additive", "masked"), steps=20, restarts=1))
@@ -217,7 +228,7 @@ def test_what_detect_found_is_not_searched_again(few_digits, digits, repair, mon
 def test_where_nothing_stands_out_nothing_is_erased_and_answers_are_kept(digits, few_digits, repair, monkeypatch):
     monkeypatch.setattr(Detector, "scan", lambda *args, **options: repair.evidence.detection.scan)
     victim, tuned = load_classifier("digits-badnets"), []
-    monkeypatch.setattr("smi.defenses.erasure.erase", None)
+    monkeypatch.setattr("smi.erasure.directions.erase", None)
     monkeypatch.setattr("smi.defenses.erasure.tune", lambda *given: tuned.append(given[3]) or [1.0] * 20)
     done = replace(QUICK, detector=replace(LOOK, unusual=1e6), least=1e6).repair(victim, few_digits)
     after = done.model.state_dict()
@@ -287,7 +298,7 @@ def test_what_stays_unusual_is_tuned_on_with_what_is_found_then(brightened, monk
             next(repaired.parameters()).add_(0.01)
         return [1.0] * config.steps
 
-    monkeypatch.setattr("smi.defenses.erasure._erase", erase)
+    monkeypatch.setattr("smi.defenses.erasure.erase_found", erase)
     monkeypatch.setattr("smi.defenses.erasure.tune", tune)
     repair = replace(looking((1,), families=("additive", "masked"), steps=2, restarts=1), rounds=3).repair(
         model, samples
@@ -373,6 +384,10 @@ def test_a_backdoor_of_every_class_is_treated_as_one():
     for last, first, treated in ((1.0, 4.0, [ANYWHERE]), (0.8, 1.0, [ANYWHERE]), (2.5, 1.0, [0]), (7.0, 4.0, [])):
         scan = Scan([found([first] + [4.0] * 9 + [last], targets=[*range(10), ANYWHERE])])
         assert Detector().judge(scan).reached == treated
+        if treated == [ANYWHERE]:  # but natural images use these directions: it is no backdoor
+            natural = Detector().judge(replace(scan, kept=torch.tensor(0.9)))
+            assert natural.reached == ([0] if first == 1.0 else [])
+            assert Detector().judge(replace(scan, kept=torch.tensor(0.97))).reached == [ANYWHERE]
 
 
 def test_a_model_without_a_linear_head_is_refused_before_any_work(few_digits, monkeypatch):

@@ -22,8 +22,8 @@ from smi.compute import frozen
 from smi.defenses.base import Defense, Evidence, Repair, defenses
 from smi.detection import Detection, Detector
 from smi.domains.base import PublicImages, Samples
-from smi.erasure.directions import directions
-from smi.erasure.head import erase, features, head_of
+from smi.erasure.directions import erase_found
+from smi.erasure.head import head_of
 from smi.erasure.natural import joined, natural_images, spread_of
 from smi.erasure.scan import Scan, look
 from smi.erasure.search import ANYWHERE, Found
@@ -95,7 +95,7 @@ class Erasure(Defense):
         treated = detector.candidates(scan, self.least) if self.targets is None else sorted(set(self.targets))
         repaired, found = copy.deepcopy(model).eval().requires_grad_(True), scan.of(treated)
         shown = self._kinds(scan, found)
-        _erase(repaired, both, public, shown)
+        erase_found(repaired, both, spread_of(samples, public), shown)
         curve, left = tune(repaired, samples, public, shown, self.tuning, rng), treated
         for number in range(1, self.rounds + 1):
             if not left:
@@ -137,14 +137,6 @@ class Erasure(Defense):
         taken[ANYWHERE] = anywhere == anywhere.max()
         kept = [[bool(taken[label][place]) for label in one.targets.tolist()] for place, one in enumerate(found)]
         return [one.select(torch.tensor(mask, dtype=torch.bool)) for one, mask in zip(found, kept, strict=True)]
-
-
-def _erase(model: nn.Module, samples: Samples, public: PublicImages | None, found: list[Found]) -> None:
-    """Take the directions of these triggers out of the model's head."""
-    head = head_of(model, samples.images[:2])
-    rows = directions(model, head, samples, found)
-    if len(rows):
-        erase(head.layer, features(model, head, spread_of(samples, public)), rows)
 
 
 def _joined(some: list[Found], others: list[Found]) -> list[Found]:

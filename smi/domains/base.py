@@ -279,4 +279,4 @@ def private_set(images: Tensor, labels: Tensor, classes: Sequence[str]) -> Priva
 
 def as_float(images: Tensor) -> Tensor:
     """uint8 images become float32 in [0, 1]; float images are returned as float32."""
-    return images.float() / 255 if images.dtype == torch.uint8 else images.float()
+    return images.float().div_(255) if images.dtype == torch.uint8 else images.float()

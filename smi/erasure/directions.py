@@ -1,4 +1,4 @@
-"""Where found triggers move the features: the directions that are erased."""
+"""Where found triggers move the features, and the removal of these directions from a model."""
 
 from __future__ import annotations
 
@@ -8,10 +8,39 @@ import torch
 from torch import Tensor, nn
 
 from smi.checks import device_of
-from smi.compute import predict
+from smi.compute import frozen, predict
 from smi.domains.base import Samples
-from smi.erasure.head import Head, features
+from smi.erasure.head import Head, erase, features, head_of
 from smi.erasure.search import ANYWHERE, REACHED, Found
+from smi.errors import InputError
+
+
+def erase_found(model: nn.Module, samples: Samples, natural: Tensor, found: Sequence[Found]) -> None:
+    """Take the `directions` of these triggers out of the model's head, in place.
+
+    Args:
+        model: The model.
+        samples: Labelled images, whose shifts are looked at.
+        natural: Images ``[N, C, H, W]`` whose features say what is natural (`smi.erasure.natural`).
+        found: Triggers.
+    """
+    head = head_of(model, samples.images[:2])
+    rows = directions(model, head, samples, found)
+    if len(rows):
+        erase(head.layer, features(model, head, natural), rows)
+
+
+def kept(model: nn.Module, samples: Samples, found: Sequence[Found]) -> Tensor | None:
+    """The share of the samples, in [0, 1], that have their label where the directions of these triggers are erased.
+
+    None for a model that has no `Head`. The model itself is left as it is.
+    """
+    erased = frozen(model)
+    try:
+        erase_found(erased, samples, samples.images, found)
+    except InputError:
+        return None
+    return (predict(erased, samples.images).argmax(1) == samples.labels).float().mean()
 
 
 def directions(model: nn.Module, head: Head, samples: Samples, found: Sequence[Found]) -> Tensor:

@@ -11,7 +11,9 @@ where they lie closer together than classes do in general.
 
 A backdoor may also send every class elsewhere (all-to-all). Then no class stands out; what is easy is to get
 `ANYWHERE`. Without such a backdoor it is harder to send images of every class out of it by one trigger than to send
-them all to the class that is easiest to reach, by `Family.anywhere`. So that is what it is seen against.
+them all to the class that is easiest to reach, by `Family.anywhere`. So that is what it is seen against. And without
+one the trigger moves each class along directions that natural images use: where these are erased the model no longer
+knows what it knew (`Scan.kept`).
 
 Many models have a class that takes whatever they do not know: white noise, patches or warps of no design send most of
 the images that they move to it (`Scan.absorbing`). It is easy to reach by a found trigger, too, without a backdoor.
@@ -49,10 +51,13 @@ class Scan:
         found: Triggers, one `Found` a family, one trigger a target.
         drift: Of the images that random changes move to another class, the share that goes to each class
             ``[classes]``; None where that was not looked at.
+        kept: Share of natural images, in [0, 1], that stay in their class where what sends images `ANYWHERE` is erased;
+            None where that was not looked at.
     """
 
     found: list[Found]
     drift: Tensor | None = None
+    kept: Tensor | None = None
 
     @property
     def classes(self) -> list[int]:
@@ -123,14 +128,15 @@ class Scan:
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it but the families' names, for a checkpoint; `restored` reads it."""
-        kept = {f"{place}.{key}": getattr(one, key) for place, one in enumerate(self.found) for key in PARTS}
-        return kept if self.drift is None else kept | {"drift": self.drift}
+        parts = {f"{place}.{key}": getattr(one, key) for place, one in enumerate(self.found) for key in PARTS}
+        others = {"drift": self.drift, "kept": self.kept}
+        return parts | {name: tensor for name, tensor in others.items() if tensor is not None}
 
     @classmethod
     def restored(cls, names: Sequence[str], tensors: Mapping[str, Tensor]) -> Scan:
         """What `tensors` gave, with the names of the families."""
         found = [Found(name, *(tensors[f"{place}.{key}"] for key in PARTS)) for place, name in enumerate(names)]
-        return cls(found, tensors.get("drift"))
+        return cls(found, tensors.get("drift"), tensors.get("kept"))
 
     def record(self) -> dict[str, Any]:
         """As plain values, for a report: by family, a number a class."""
@@ -138,6 +144,7 @@ class Scan:
         return {
             "classes": self.classes,
             "absorbing": self.absorbing,
+            "kept": None if self.kept is None else self.kept.item(),
             "size": {one.family: _classes(one).size.tolist() for one in self.found},
             "reach": {one.family: _classes(one).reach.tolist() for one in self.found},
             "excess": {one.family: row for one, row in rows},
