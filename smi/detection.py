@@ -17,7 +17,7 @@ from smi.checks import check_model, check_number
 from smi.compute import asked_precision, fingerprint_of, frozen
 from smi.domains.base import PublicImages, Samples, check_public, check_samples
 from smi.erasure.directions import kept
-from smi.erasure.natural import natural_images
+from smi.erasure.natural import natural_images, spread_of
 from smi.erasure.scan import Scan, drift, look
 from smi.erasure.search import ANYWHERE, Search
 from smi.files import fingerprint
@@ -38,8 +38,8 @@ class Detector:
             one target.
         absorbing: The same for the class that takes whatever the model does not know (`Scan.absorbing`).
         anywhere: The same for `ANYWHERE`.
-        kept: What `Scan.kept` has to be for that: the share of natural images that stay in their class where it is
-            erased.
+        kept: Share of natural images that have to stay in their class where `ANYWHERE` is erased, or a class that is
+            less than a sign: those directions are hardly used without a backdoor's trigger.
     """
 
     search: Search = field(default_factory=Search)
@@ -47,7 +47,7 @@ class Detector:
     others: float = 4.0
     absorbing: float = 6.5
     anywhere: float = 2.0
-    kept: float = 0.95
+    kept: float = 0.96
 
     def __post_init__(self) -> None:
         check_number("unusual", self.unusual, low=0)
@@ -56,13 +56,21 @@ class Detector:
         check_number("anywhere", self.anywhere, low=0)
         check_number("kept", self.kept, low=0, high=1)
 
-    def scan(self, model: nn.Module, shown: Samples, *, seed: int = 0) -> Scan:
-        """The search on ``model``, for every class and `ANYWHERE`, on the images ``shown``."""
+    def scan(self, model: nn.Module, shown: Samples, spread: Tensor | None = None, *, seed: int = 0) -> Scan:
+        """The search on ``model``, for every class and `ANYWHERE`.
+
+        Args:
+            model: The suspect.
+            shown: Images that triggers are searched on, and their labels.
+            spread: Images ``[N, C, H, W]`` whose features say how natural ones spread; None for those shown.
+            seed: Of the search.
+        """
         targets = [*range(shown.num_classes), ANYWHERE]
         found = look(frozen(model), shown.images, shown.labels, targets, self.search, seed=seed)
         scan = Scan(found, drift(model, shown.images, shown.labels, shown.num_classes, seed=seed))
         if scan.excess_anywhere().max() > self.anywhere:
-            scan = replace(scan, kept=kept(model, shown, [scan.of([ANYWHERE])[scan.strongest(ANYWHERE)[0]]]))
+            one = scan.of([ANYWHERE])[scan.strongest(ANYWHERE)[0]]
+            scan = replace(scan, kept=kept(model, shown, shown.images if spread is None else spread, [one]))
         return scan
 
     def judge(self, scan: Scan) -> Detection:
@@ -173,5 +181,8 @@ def detect(
         record |= {"model": fingerprint_of(model), "public": None if public is None else fingerprint(public.images)}
         record |= {"images": fingerprint(samples.images), "labels": fingerprint(samples.labels)}
     unfinished, shown = Unfinished(checkpoint, "detection", record), natural_images(model, samples, public, seed=seed)
-    found = unfinished.once("scan", stream(seed, "detect"), lambda: config.scan(model, shown, seed=seed).tensors())
+    spread = spread_of(samples, public)
+    found = unfinished.once(
+        "scan", stream(seed, "detect"), lambda: config.scan(model, shown, spread, seed=seed).tensors()
+    )
     return config.judge(Scan.restored(config.search.families, found))

@@ -150,9 +150,9 @@ def test_what_is_kept_without_a_direction_is_seen_on_a_copy(brightened):
     before, erased = fingerprint_of(model), copy.deepcopy(model)
     erase_found(erased, samples, samples.images, [triggers])
     share = (erased(samples.images).argmax(1) == samples.labels).float().mean()
-    assert kept(model, samples, [triggers]) == share
+    assert kept(model, samples, samples.images, [triggers]) == share
     assert fingerprint_of(model) == before
-    assert kept(nn.Sequential(model, nn.Softmax(1)), samples, [triggers]) is None
+    assert kept(nn.Sequential(model, nn.Softmax(1)), samples, samples.images, [triggers]) is None
 
 
 # The removal --------------------------------------------------------------------------------------------------------
@@ -243,6 +243,29 @@ def test_less_than_a_sign_is_enough_to_be_treated():
     assert Detector().judge(scan).reached == []
     assert Detector().candidates(scan, 1.5) == [1]
     assert Detector().candidates(scan, 2.0) == []
+
+
+def test_less_than_a_sign_is_treated_where_natural_images_hardly_notice(brightened, monkeypatch):
+    model, samples, _ = brightened
+    scan = Scan([found([4.0, 1.0, 2.7] + [4.0] * 7)])  # excess of 6.9, a sign, and 2.0, less than one
+    weak = Scan([found([4.0, 2.8, 2.9] + [4.0] * 7)])  # 1.8 and 1.6
+    costs = {(2,): 0.99, (1,): 0.98, (1, 2): 0.9}
+
+    def share(model, images, spread, shown):
+        return torch.tensor(costs[tuple(sorted(torch.cat([one.targets for one in shown]).tolist()))])
+
+    monkeypatch.setattr("smi.defenses.erasure.kept", share)
+    erasure = replace(QUICK, detector=replace(LOOK, others=1.7))
+
+    def treated(scan):
+        return erasure._treated(model, samples, samples.images, erasure.detector.judge(scan))
+
+    assert treated(scan) == [1, 2], "a sign whatever it costs"
+    assert treated(weak) == [1], "both together cost too much: the more unusual one"
+    costs[(1,)] = 0.9
+    assert treated(weak) == [2]
+    costs[(2,)] = 0.9
+    assert (treated(weak), treated(scan)) == ([], [1])
 
 
 def test_a_class_that_absorbs_random_changes_is_a_sign_above_its_own_limit_alone():

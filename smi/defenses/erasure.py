@@ -22,7 +22,7 @@ from smi.compute import frozen
 from smi.defenses.base import Defense, Evidence, Repair, defenses
 from smi.detection import Detection, Detector
 from smi.domains.base import PublicImages, Samples
-from smi.erasure.directions import erase_found
+from smi.erasure.directions import erase_found, kept
 from smi.erasure.head import head_of
 from smi.erasure.natural import joined, natural_images, spread_of
 from smi.erasure.scan import Scan, look
@@ -43,7 +43,8 @@ class Erasure(Defense):
     Attributes:
         detector: How classes are searched and compared.
         least: Excess, in standard deviations, from which a class is treated. Less than what the detector takes for a
-            sign: to miss a backdoor costs more than to erase what is natural.
+            sign: to miss a backdoor costs more than to erase what is natural, unless that costs much
+            (`Detector.kept`).
         tuning: The steps after erasing.
         rounds: At most. The first erases and tunes. Where something stays unusual, the next go on tuning, with the
             triggers that were found on the repaired model beside the others.
@@ -81,7 +82,7 @@ class Erasure(Defense):
             raise InputError(f"targets holds {unknown[0]}. Allowed: 0 to {samples.num_classes - 1}.")
         detector, rng = self.detector, stream(seed, "erasure")
         natural = natural_images(model, samples, public, seed=seed)
-        both = joined(samples, natural)
+        both, spread = joined(samples, natural), spread_of(samples, public)
         detection = self.detection
         if detection is not None and detection.scan.classes != list(range(samples.num_classes)):
             raise InputError(
@@ -89,13 +90,13 @@ class Erasure(Defense):
                 "Give what smi.detect found on this model."
             )
         if detection is None:
-            kept = current().once("scan", rng, lambda: detector.scan(model, natural, seed=seed).tensors())
-            detection = detector.judge(Scan.restored(detector.search.families, kept))
+            tensors = current().once("scan", rng, lambda: detector.scan(model, natural, spread, seed=seed).tensors())
+            detection = detector.judge(Scan.restored(detector.search.families, tensors))
         scan = detection.scan
-        treated = detector.candidates(scan, self.least) if self.targets is None else sorted(set(self.targets))
+        treated = self._treated(model, natural, spread, detection)
         repaired, found = copy.deepcopy(model).eval().requires_grad_(True), scan.of(treated)
         shown = self._kinds(scan, found)
-        erase_found(repaired, both, spread_of(samples, public), shown)
+        erase_found(repaired, both, spread, shown)
         curve, left = tune(repaired, samples, public, shown, self.tuning, rng), treated
         for number in range(1, self.rounds + 1):
             if not left:
@@ -111,6 +112,19 @@ class Erasure(Defense):
         if treated:
             log["excess_after"] = evidence.excess_after()
         return Repair(repaired, self.name, samples.source, self.settings(), log, evidence=evidence)
+
+    def _treated(self, model: nn.Module, natural: Samples, spread: Tensor, detection: Detection) -> list[int]:
+        """The classes asked for; else the signs, and of the classes that are less, the most unusual first, those that
+        cost nothing: natural images keep their class without all their directions."""
+        if self.targets is not None:
+            return sorted(set(self.targets))
+        scan, free = detection.scan, list[int]()
+        candidates = self.detector.candidates(scan, self.least)
+        for label in sorted(set(candidates) - set(detection.reached), key=lambda label: -scan.strongest(label)[1]):
+            share = kept(model, natural, spread, self._kinds(scan, scan.of([*free, label])))
+            if share is not None and share > self.detector.kept:
+                free.append(label)
+        return sorted({*detection.reached, *free})
 
     def _search(self, model: nn.Module, natural: Samples, treated: list[int], seed: int) -> list[Found]:
         return look(frozen(model), natural.images, natural.labels, treated, self.detector.search, seed=seed)

@@ -30,14 +30,14 @@ def erase_found(model: nn.Module, samples: Samples, natural: Tensor, found: Sequ
         erase(head.layer, features(model, head, natural), rows)
 
 
-def kept(model: nn.Module, samples: Samples, found: Sequence[Found]) -> Tensor | None:
-    """The share of the samples, in [0, 1], that have their label where the directions of these triggers are erased.
+def kept(model: nn.Module, samples: Samples, natural: Tensor, found: Sequence[Found]) -> Tensor | None:
+    """The share of the samples, in [0, 1], that have their label where `erase_found` is done to a copy of the model.
 
-    None for a model that has no `Head`. The model itself is left as it is.
+    None for a model that has no `Head`.
     """
     erased = frozen(model)
     try:
-        erase_found(erased, samples, samples.images, found)
+        erase_found(erased, samples, natural, found)
     except InputError:
         return None
     return (predict(erased, samples.images).argmax(1) == samples.labels).float().mean()
