@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from smi.checks import check_model, check_number
 from smi.compute import asked_precision, fingerprint_of, frozen
 from smi.domains.base import PublicImages, Samples, check_public, check_samples
-from smi.erasure.directions import kept
+from smi.erasure.directions import kept_without
 from smi.erasure.natural import natural_images, spread_of
 from smi.erasure.scan import Scan, drift, look
 from smi.erasure.search import ANYWHERE, Search
@@ -70,7 +70,7 @@ class Detector:
         scan = Scan(found, drift(model, shown.images, shown.labels, shown.num_classes, seed=seed))
         if scan.excess_anywhere().max() > self.anywhere:
             one = scan.of([ANYWHERE])[scan.strongest(ANYWHERE)[0]]
-            scan = replace(scan, kept=kept(model, shown, shown.images if spread is None else spread, [one]))
+            scan = replace(scan, kept=kept_without(model, shown, shown.images if spread is None else spread, [one]))
         return scan
 
     def judge(self, scan: Scan) -> Detection:

@@ -16,7 +16,7 @@ from smi.compute import fingerprint_of, frozen, predict
 from smi.defenses import Erasure, Repair, defenses
 from smi.defenses.base import Evidence
 from smi.detection import Detection, Detector
-from smi.erasure.directions import directions, erase_found, kept
+from smi.erasure.directions import directions, erase_found, kept_without
 from smi.erasure.families import families
 from smi.erasure.head import features, head_of
 from smi.erasure.natural import SHOWN, joined, natural_images, spread_of
@@ -150,9 +150,9 @@ def test_what_is_kept_without_a_direction_is_seen_on_a_copy(brightened):
     before, erased = fingerprint_of(model), copy.deepcopy(model)
     erase_found(erased, samples, samples.images, [triggers])
     share = (erased(samples.images).argmax(1) == samples.labels).float().mean()
-    assert kept(model, samples, samples.images, [triggers]) == share
+    assert kept_without(model, samples, samples.images, [triggers]) == share
     assert fingerprint_of(model) == before
-    assert kept(nn.Sequential(model, nn.Softmax(1)), samples, samples.images, [triggers]) is None
+    assert kept_without(nn.Sequential(model, nn.Softmax(1)), samples, samples.images, [triggers]) is None
 
 
 # The removal --------------------------------------------------------------------------------------------------------
@@ -254,7 +254,7 @@ def test_less_than_a_sign_is_treated_where_natural_images_hardly_notice(brighten
     def share(model, images, spread, shown):
         return torch.tensor(costs[tuple(sorted(torch.cat([one.targets for one in shown]).tolist()))])
 
-    monkeypatch.setattr("smi.defenses.erasure.kept", share)
+    monkeypatch.setattr("smi.defenses.erasure.kept_without", share)
     erasure = replace(QUICK, detector=replace(LOOK, others=1.7))
 
     def treated(scan):
@@ -411,6 +411,24 @@ def test_a_backdoor_of_every_class_is_treated_as_one():
             natural = Detector().judge(replace(scan, kept=torch.tensor(0.9)))
             assert natural.reached == ([0] if first == 1.0 else [])
             assert Detector().judge(replace(scan, kept=torch.tensor(0.97))).reached == [ANYWHERE]
+
+
+def test_what_erasing_anywhere_costs_is_looked_at_where_it_is_unusual_and_kept(brightened, monkeypatch):
+    model, samples, _ = brightened
+    asked = []
+    monkeypatch.setattr("smi.detection.drift", lambda *args, **options: torch.zeros(4))
+    monkeypatch.setattr("smi.detection.kept_without", lambda *given: asked.append(given) or torch.tensor(0.5))
+    for last, share in ((8.0, None), (1.0, 0.5)):
+        triggers = found([4.0] * 4 + [last], targets=[0, 1, 2, 3, ANYWHERE])
+        monkeypatch.setattr("smi.detection.look", lambda *args, triggers=triggers, **options: [triggers])
+        scan = Detector().scan(model, samples, samples.images[:7])
+        restored = Scan.restored(["additive"], scan.tensors())
+        assert restored.kept == share
+        assert restored.record()["kept"] == share
+        assert Detector().judge(restored).reached == []
+    assert len(asked) == 1
+    assert asked[0][2].shape == (7, 1, 8, 8)
+    assert asked[0][3][0].targets.tolist() == [ANYWHERE]
 
 
 def test_a_model_without_a_linear_head_is_refused_before_any_work(few_digits, monkeypatch):

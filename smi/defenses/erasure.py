@@ -2,10 +2,11 @@
 
 A trigger moves the features, the input of the last linear layer, along few directions that natural images hardly use.
 So: search the smallest trigger to every class in several families (`smi.erasure.search`), on public images where there
-are any (`smi.erasure.natural`); take the classes that are reached the most easily (`smi.erasure.scan`); take the
-directions of their triggers out of the last layer in closed form (`smi.erasure.head`); train the model to keep its
-answers under those triggers and under random changes (`smi.erasure.tune`), whether anything was found or not, for not
-every backdoor is; search again, and go on tuning while something is unusual.
+are any (`smi.erasure.natural`); take the classes that are reached the most easily (`smi.erasure.scan`), where the sign
+is weak if natural images hardly notice; take the directions of their triggers out of the last layer in closed form
+(`smi.erasure.head`); train the model to keep its answers under those triggers and under random changes
+(`smi.erasure.tune`), whether anything was found or not, for not every backdoor is; search again, and go on tuning while
+something is unusual.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from smi.compute import frozen
 from smi.defenses.base import Defense, Evidence, Repair, defenses
 from smi.detection import Detection, Detector
 from smi.domains.base import PublicImages, Samples
-from smi.erasure.directions import erase_found, kept
+from smi.erasure.directions import erase_found, kept_without
 from smi.erasure.head import head_of
 from smi.erasure.natural import joined, natural_images, spread_of
 from smi.erasure.scan import Scan, look
@@ -121,7 +122,7 @@ class Erasure(Defense):
         scan, free = detection.scan, list[int]()
         candidates = self.detector.candidates(scan, self.least)
         for label in sorted(set(candidates) - set(detection.reached), key=lambda label: -scan.strongest(label)[1]):
-            share = kept(model, natural, spread, self._kinds(scan, scan.of([*free, label])))
+            share = kept_without(model, natural, spread, self._kinds(scan, scan.of([*free, label])))
             if share is not None and share > self.detector.kept:
                 free.append(label)
         return sorted({*detection.reached, *free})

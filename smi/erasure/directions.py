@@ -30,7 +30,7 @@ def erase_found(model: nn.Module, samples: Samples, natural: Tensor, found: Sequ
         erase(head.layer, features(model, head, natural), rows)
 
 
-def kept(model: nn.Module, samples: Samples, natural: Tensor, found: Sequence[Found]) -> Tensor | None:
+def kept_without(model: nn.Module, samples: Samples, natural: Tensor, found: Sequence[Found]) -> Tensor | None:
     """The share of the samples, in [0, 1], that have their label where `erase_found` is done to a copy of the model.
 
     None for a model that has no `Head`.
