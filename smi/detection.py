@@ -18,7 +18,7 @@ from smi.compute import asked_precision, fingerprint_of, frozen
 from smi.domains.base import PublicImages, Samples, check_public, check_samples
 from smi.erasure.directions import kept_without
 from smi.erasure.natural import natural_images, spread_of
-from smi.erasure.scan import Scan, drift, look
+from smi.erasure.scan import MOST, Scan, drift, look, sent
 from smi.erasure.search import ANYWHERE, Search
 from smi.files import fingerprint
 from smi.seeding import stream
@@ -70,7 +70,8 @@ class Detector:
         scan = Scan(found, drift(model, shown.images, shown.labels, shown.num_classes, seed=seed))
         if scan.excess_anywhere().max() > self.anywhere:
             one = scan.of([ANYWHERE])[scan.strongest(ANYWHERE)[0]]
-            scan = replace(scan, kept=kept_without(model, shown, shown.images if spread is None else spread, [one]))
+            cost = kept_without(model, shown, shown.images if spread is None else spread, [one])
+            scan = replace(scan, kept=cost, sent=sent(model, shown.images, shown.labels, shown.num_classes, one))
         return scan
 
     def judge(self, scan: Scan) -> Detection:
@@ -84,11 +85,17 @@ class Detector:
 
     def _stand_out(self, scan: Scan, limit: float, top: float) -> list[int]:
         """The most unusual class, if its excess is ``top``, and others by that; or `ANYWHERE`."""
-        if scan.excess_anywhere().max() > self.anywhere and (scan.kept is None or scan.kept > self.kept):
+        if self._anywhere(scan):
             return [ANYWHERE]
         further = max(limit, min(self.others, NEAR * top))
         pairs = zip(scan.classes, self._excess(scan).tolist(), strict=True)
         return [label for label, value in pairs if value > (limit if value == top else further)]
+
+    def _anywhere(self, scan: Scan) -> bool:
+        """Whether it is easy to send images to many other classes than theirs, along directions that only that uses."""
+        alone = scan.kept is None or scan.kept > self.kept
+        many = scan.sent is None or scan.sent <= MOST
+        return bool(scan.excess_anywhere().max() > self.anywhere and alone and many)
 
     def _excess(self, scan: Scan) -> Tensor:
         """Of each class ``[classes]``, in any family; none for one that absorbs, up to its own limit."""

@@ -20,7 +20,7 @@ from smi.erasure.directions import directions, erase_found, kept_without
 from smi.erasure.families import families
 from smi.erasure.head import features, head_of
 from smi.erasure.natural import SHOWN, joined, natural_images, spread_of
-from smi.erasure.scan import SPREAD_ANYWHERE, Scan, drift, look
+from smi.erasure.scan import SPREAD_ANYWHERE, Scan, drift, look, sent
 from smi.erasure.search import ANYWHERE, REACHED, Found, Search, _losses
 from smi.erasure.tune import Tuning
 from smi.models import load_classifier
@@ -143,6 +143,15 @@ def test_a_trigger_to_anywhere_has_a_direction_a_class_that_it_moves(brightened)
     ]
     assert expected, "the pattern moves nothing; make it stronger"
     torch.testing.assert_close(rows, torch.stack(expected))
+
+
+def test_where_a_trigger_leads_is_a_share_of_what_it_moves(brightened):
+    model, samples, triggers = brightened
+    said = model(triggers.stamp(samples.images)[0]).argmax(1)
+    moved = said[said != samples.labels]
+    assert len(moved), "the pattern moves nothing; make it stronger"
+    share = max((moved == label).float().mean() for label in range(3))
+    assert sent(model, samples.images, samples.labels, 3, triggers) == share
 
 
 def test_what_is_kept_without_a_direction_is_seen_on_a_copy(brightened):
@@ -410,7 +419,10 @@ def test_a_backdoor_of_every_class_is_treated_as_one():
         if treated == [ANYWHERE]:  # but natural images use these directions: it is no backdoor
             natural = Detector().judge(replace(scan, kept=torch.tensor(0.9)))
             assert natural.reached == ([0] if first == 1.0 else [])
-            assert Detector().judge(replace(scan, kept=torch.tensor(0.97))).reached == [ANYWHERE]
+            unused = replace(scan, kept=torch.tensor(0.97))
+            assert Detector().judge(unused).reached == [ANYWHERE]
+            for share, said in ((0.4, [ANYWHERE]), (0.9, natural.reached)):  # nine tenths: a backdoor to one class
+                assert Detector().judge(replace(unused, sent=torch.tensor(share))).reached == said
 
 
 def test_what_erasing_anywhere_costs_is_looked_at_where_it_is_unusual_and_kept(brightened, monkeypatch):
@@ -418,13 +430,14 @@ def test_what_erasing_anywhere_costs_is_looked_at_where_it_is_unusual_and_kept(b
     asked = []
     monkeypatch.setattr("smi.detection.drift", lambda *args, **options: torch.zeros(4))
     monkeypatch.setattr("smi.detection.kept_without", lambda *given: asked.append(given) or torch.tensor(0.5))
+    monkeypatch.setattr("smi.detection.sent", lambda *given: torch.tensor(0.5))
     for last, share in ((8.0, None), (1.0, 0.5)):
         triggers = found([4.0] * 4 + [last], targets=[0, 1, 2, 3, ANYWHERE])
         monkeypatch.setattr("smi.detection.look", lambda *args, triggers=triggers, **options: [triggers])
         scan = Detector().scan(model, samples, samples.images[:7])
         restored = Scan.restored(["additive"], scan.tensors())
         assert restored.kept == share
-        assert restored.record()["kept"] == share
+        assert restored.record()["kept"] == restored.record()["sent"] == share
         assert Detector().judge(restored).reached == []
     assert len(asked) == 1
     assert asked[0][2].shape == (7, 1, 8, 8)

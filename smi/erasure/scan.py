@@ -13,7 +13,8 @@ A backdoor may also send every class elsewhere (all-to-all). Then no class stand
 `ANYWHERE`. Without such a backdoor it is harder to send images of every class out of it by one trigger than to send
 them all to the class that is easiest to reach, by `Family.anywhere`. So that is what it is seen against. And without
 one the trigger moves each class along directions that natural images use: where these are erased the model no longer
-knows what it knew (`Scan.kept`).
+knows what it knew (`Scan.kept`). A backdoor to one class is a way out of all the others, too, but to one place
+(`Scan.sent`).
 
 Many models have a class that takes whatever they do not know: white noise, patches or warps of no design send most of
 the images that they move to it (`Scan.absorbing`). It is easy to reach by a found trigger, too, without a backdoor.
@@ -38,7 +39,7 @@ from smi.seeding import stream
 
 SPREAD_ANYWHERE = 0.35  # of the log ease to get anywhere by that of the easiest class, without a backdoor
 FEW = 4  # classes: of fewer, the median may be the backdoor's own
-MOST = 0.5  # of the images that random changes move: a class that takes more is the model's answer to the unknown
+MOST = 0.5  # of the images that are moved, to one class: by random changes, it is the model's answer to the unknown
 LEAST_EASE = 0.2  # of the median class's: below, an ease says no more
 NORMAL = 1.4826  # standard deviations of a normal distribution in its median absolute deviation
 
@@ -53,11 +54,14 @@ class Scan:
             ``[classes]``; None where that was not looked at.
         kept: Share of natural images, in [0, 1], that stay in their class where what sends images `ANYWHERE` is erased;
             None where that was not looked at.
+        sent: Of the images that this trigger moves to another class, the largest share that goes to one class; None
+            where that was not looked at.
     """
 
     found: list[Found]
     drift: Tensor | None = None
     kept: Tensor | None = None
+    sent: Tensor | None = None
 
     @property
     def classes(self) -> list[int]:
@@ -129,14 +133,14 @@ class Scan:
     def tensors(self) -> dict[str, Tensor]:
         """All of it but the families' names, for a checkpoint; `restored` reads it."""
         parts = {f"{place}.{key}": getattr(one, key) for place, one in enumerate(self.found) for key in PARTS}
-        others = {"drift": self.drift, "kept": self.kept}
+        others = {"drift": self.drift, "kept": self.kept, "sent": self.sent}
         return parts | {name: tensor for name, tensor in others.items() if tensor is not None}
 
     @classmethod
     def restored(cls, names: Sequence[str], tensors: Mapping[str, Tensor]) -> Scan:
         """What `tensors` gave, with the names of the families."""
         found = [Found(name, *(tensors[f"{place}.{key}"] for key in PARTS)) for place, name in enumerate(names)]
-        return cls(found, tensors.get("drift"), tensors.get("kept"))
+        return cls(found, tensors.get("drift"), tensors.get("kept"), tensors.get("sent"))
 
     def record(self) -> dict[str, Any]:
         """As plain values, for a report: by family, a number a class."""
@@ -145,6 +149,7 @@ class Scan:
             "classes": self.classes,
             "absorbing": self.absorbing,
             "kept": None if self.kept is None else self.kept.item(),
+            "sent": None if self.sent is None else self.sent.item(),
             "size": {one.family: _classes(one).size.tolist() for one in self.found},
             "reach": {one.family: _classes(one).reach.tolist() for one in self.found},
             "excess": {one.family: row for one, row in rows},
@@ -191,5 +196,18 @@ def drift(model: nn.Module, images: Tensor, labels: Tensor, classes: int, *, see
     """
     rng = stream(seed, "drift")
     said = torch.stack([predict(model, families[name].change(images, rng)).argmax(1) for name in families])
+    return _destinations(said, labels, classes)
+
+
+@torch.no_grad()
+def sent(model: nn.Module, images: Tensor, labels: Tensor, classes: int, one: Found) -> Tensor:
+    """Where the trigger ``one`` leads: `Scan.sent`. The other arguments are those of `drift`."""
+    device = device_of(model)
+    said = [predict(model, one.stamp(part.to(device))[0]).argmax(1) for part in images.split(256)]
+    return _destinations(torch.cat(said), labels, classes).max()
+
+
+def _destinations(said: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Of the images that are called another class than their own, the share that goes to each ``[classes]``."""
     counts = torch.bincount(said[said != labels], minlength=classes).float()
     return counts / counts.sum().clamp(min=1)
