@@ -56,23 +56,23 @@ class Detector:
         check_number("anywhere", self.anywhere, low=0)
         check_number("kept", self.kept, low=0, high=1)
 
-    def scan(self, model: nn.Module, shown: Samples, spread: Tensor | None = None, *, seed: int = 0) -> Scan:
+    def scan(self, model: nn.Module, shown: Samples, spread: Tensor, *, seed: int = 0) -> Scan:
         """The search on ``model``, for every class and `ANYWHERE`.
 
         Args:
             model: The suspect.
             shown: Images that triggers are searched on, and their labels.
-            spread: Images ``[N, C, H, W]`` whose features say how natural ones spread; None for those shown.
+            spread: Images ``[N, C, H, W]`` whose features say how natural ones spread.
             seed: Of the search.
         """
         targets = [*range(shown.num_classes), ANYWHERE]
         found = look(frozen(model), shown.images, shown.labels, targets, self.search, seed=seed)
         scan = Scan(found, drift(model, shown.images, shown.labels, shown.num_classes, seed=seed))
-        if scan.excess_anywhere().max() > self.anywhere:
-            one = scan.of([ANYWHERE])[scan.strongest(ANYWHERE)[0]]
-            cost = kept_without(model, shown, shown.images if spread is None else spread, [one])
-            scan = replace(scan, kept=cost, sent=sent(model, shown.images, shown.labels, shown.num_classes, one))
-        return scan
+        one, excess = scan.strongest(ANYWHERE)
+        if excess <= self.anywhere:
+            return scan
+        cost = kept_without(model, shown, spread, [one])
+        return replace(scan, kept=cost, sent=sent(model, shown.images, shown.labels, shown.num_classes, one))
 
     def judge(self, scan: Scan) -> Detection:
         """Which classes are signs: the most unusual one and clear further ones, or `ANYWHERE` where that is unusual."""

@@ -164,8 +164,7 @@ def in_words(found: Found) -> str:
 def reason(found: Detection, target: int) -> str:
     """What is unusual about a class, or about `ANYWHERE`: the trigger, what it does, and the limit."""
     scan, limit = found.scan, found.limit_of(target)
-    family, excess = scan.strongest(target)
-    one = scan.of([target])[family]
+    one, excess = scan.strongest(target)
     where = "to another class" if target == ANYWHERE else "there"
     whose = "images of every class" if target == ANYWHERE else "all other images"
     said = f"{in_words(one)[0].upper()}{in_words(one)[1:]} sends {percent(one.reach.item())} of {whose} {where}"
@@ -190,8 +189,7 @@ def detection_section(found: Detection, classes: Sequence[str], evidence: Eviden
     rows, order = [], scan.excess().amax(0).argsort(descending=True)[:MOST_CLASSES].tolist()
     for place in sorted(order):
         label = scan.classes[place]
-        family, value = scan.strongest(label)
-        one = scan.of([label])[family]
+        one, value = scan.strongest(label)
         row = [classes[label], in_words(one), percent(one.reach.item()), f"{value:.1f}"]
         if evidence:
             row += [f"{after[label]:.1f}" if label in after else ""]
@@ -233,12 +231,12 @@ def _found_trigger(suspect: nn.Module, repair: Repair, label: int, samples: Samp
     evidence = repair.evidence
     assert evidence is not None
     scan = evidence.detection.scan
-    family = scan.strongest(label)[0]
+    before = scan.strongest(label)[0]
+    after = next(found for found in evidence.after if found.family == before.family)
     shown = samples.images[samples.labels != label]
     shown = shown[:: max(1, len(shown) // SHOWN)][:SHOWN]
     parts = []
-    for found, model in ((scan.of([label]), "suspect"), (evidence.after, "repaired")):
-        one = found[family].select(found[family].targets == label)
+    for one, model in ((before, "suspect"), (after.select(after.targets == label), "repaired")):
         stamped = one.stamp(shown)[0]
         said = [[classes[i] for i in predict(net, stamped).argmax(1)] for net in (suspect, repair.model)]
         caption = f"Found on the {model} model for {named(label, classes)}: {in_words(one)}."

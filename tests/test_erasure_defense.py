@@ -353,7 +353,7 @@ def test_with_public_images_triggers_are_searched_on_them_and_erased_by_their_sp
         shown = natural_images(model, samples, given)
         assert sorted(shown.images.sum((1, 2, 3)).tolist()) == sorted(expected.sum((1, 2, 3)).tolist())
         assert torch.equal(shown.labels, predict(model, shown.images).argmax(1)) or given is None
-        Detector().scan(model, shown)
+        Detector().scan(model, shown, spread_of(samples, given))
         assert torch.equal(seen[-1][0], shown.images)
         assert torch.equal(spread_of(samples, given), expected)
         both = joined(samples, shown)

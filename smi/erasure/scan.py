@@ -121,10 +121,10 @@ class Scan:
                 rows[place] = excess if self.conclusive and here.reach[0] > REACHED else -1.0
         return rows
 
-    def strongest(self, target: int) -> tuple[int, float]:
-        """In which family a class (or `ANYWHERE`) is the most unusual on the suspect, by its place, and the excess."""
+    def strongest(self, target: int) -> tuple[Found, float]:
+        """The trigger by whose family a class (or `ANYWHERE`) is the most unusual on the suspect, and the excess."""
         row = self.excess_anywhere() if target == ANYWHERE else self.excess()[:, self.classes.index(target)]
-        return int(row.argmax()), row.max().item()
+        return self.of([target])[int(row.argmax())], row.max().item()
 
     def of(self, classes: Sequence[int]) -> list[Found]:
         """The triggers on the suspect to these classes."""
