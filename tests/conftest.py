@@ -74,3 +74,16 @@ def few_digits(digits):
     train = digits.private.train
     chosen = torch.cat([(train.labels == label).nonzero()[:15, 0] for label in range(10)])
     return smi.Samples(train.images[chosen], train.labels[chosen], 10, "clean")
+
+
+@pytest.fixture
+def brightened():
+    """A model, samples that it labels itself, and a pattern that brightens them."""
+    from tiny import noise, tiny_model
+
+    from smi.erasure import Found
+
+    model, images = tiny_model(), noise(60, 1, 8, 8)
+    labels = model(images).argmax(1)
+    triggers = Found("additive", torch.tensor([1]), torch.full((1, 64), 0.4), torch.ones(1), torch.ones(1))
+    return model, smi.Samples(images, labels, 3, "clean"), triggers

@@ -8,8 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from test_devices import there  # noqa: F401  a fixture
-from test_erasure_defense import found
-from tiny import TinyPrior, noise, tiny_model
+from tiny import TinyPrior, found, noise, tiny_model
 
 from smi.analysis.detected import DETECTION_COLUMNS
 from smi.classifiers import TrainConfig, train_classifier

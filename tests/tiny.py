@@ -8,6 +8,8 @@ from torch.func import functional_call
 
 from smi.classifiers import Classifier
 from smi.domains import PrivateSet
+from smi.erasure import Found
+from smi.erasure.families import families
 
 
 def tiny_model(channels=1, size=8, classes=3, seed=0):
@@ -114,3 +116,12 @@ def runner(model):
         return model(images) if parameters is None else functional_call(model, dict(parameters), (images,))
 
     return run
+
+
+def found(sizes, reach=0.9, family="additive", targets=None, seed=0):
+    """Triggers whose sizes are given and whose pattern means nothing."""
+    count = len(sizes)
+    targets = torch.arange(count) if targets is None else torch.tensor(targets)
+    numbers = families[family].start(count, torch.Size((1, 32, 32)), torch.Generator().manual_seed(seed))
+    reached = torch.full((count,), reach) if isinstance(reach, float) else torch.tensor(reach)
+    return Found(family, targets, numbers, torch.tensor(sizes), reached)
