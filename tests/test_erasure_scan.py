@@ -38,6 +38,16 @@ def test_a_class_that_is_not_reached_is_not_unusual():
     assert excess[0, 2] == -1
 
 
+def test_where_most_classes_are_not_reached_one_that_is_stands_out():
+    sizes, reach = [3.0, 2.7, 3.1, 2.9, 3.3], [0.02, 0.94, 0.35, 0.1, 0.0]  # warps of photographs on a sign model
+    excess = Scan([found(sizes, reach=reach)]).excess()[0]
+    most = torch.tensor([0.3, 0.94, 0.35, 0.3, 0.3]) / torch.tensor(sizes)  # by hand: what is not reached, at most
+    torch.testing.assert_close(excess[1], (most[1] / most.median()).log() / 0.2)
+    assert excess[1] > 6
+    assert excess[2] < 1
+    assert excess[[0, 3, 4]].tolist() == [-1, -1, -1]
+
+
 def test_a_repaired_model_is_seen_against_the_suspect():
     scan = Scan([found([4.0, 4.0, 1.0, 4.0, 4.0])])
     for size, expected in ((1.0, math.log(4) / 0.2), (4.0, 0.0), (2.0, math.log(2) / 0.2)):

@@ -7,7 +7,9 @@ logarithm of ease,
     excess = (e − median e) / spread,
 
 where the spread is that of the suspect's classes (a robust one, that a backdoor does not widen), or `Family.spread`
-where they lie closer together than classes do in general.
+where they lie closer together than classes do in general. Of a class that is not reached (`REACHED`) it is known that
+its ease is at most `REACHED` by the size that was tried, and it counts as that: there are models most of whose classes
+no warp reaches, and one that is reached there stands out.
 
 A backdoor may also send every class elsewhere (all-to-all). Then no class stands out; what is easy is to get
 `ANYWHERE`. Without such a backdoor it is harder to send images of every class out of it by one trigger than to send
@@ -101,9 +103,7 @@ class Scan:
         def above(found: Found) -> Tensor:
             return (_ease(found) / median).clamp(min=LEAST_EASE).log()
 
-        spread, seen = families[one.family].spread, one.reach > REACHED
-        if seen.sum() > 2:
-            spread = max(spread, NORMAL * above(one)[seen].abs().median().item())
+        spread = max(families[one.family].spread, NORMAL * above(one).abs().median().item())
         return torch.where(other.reach > REACHED, above(other) / spread, torch.full_like(other.size, -1.0))
 
     def excess_anywhere(self, again: Sequence[Found] | None = None) -> Tensor:
@@ -161,7 +161,8 @@ def _classes(found: Found) -> Found:
 
 
 def _ease(found: Found) -> Tensor:
-    return found.reach / found.size.clamp(min=1e-6)
+    """Reach by size; of a class that is not reached, the most that it can be."""
+    return found.reach.clamp(min=REACHED) / found.size.clamp(min=1e-6)
 
 
 def look(
