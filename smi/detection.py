@@ -21,7 +21,6 @@ from smi.erasure.natural import natural_images, spread_of
 from smi.erasure.scan import MOST, Scan, drift, look, sent
 from smi.erasure.search import ANYWHERE, Search
 from smi.files import fingerprint
-from smi.seeding import stream
 from smi.unfinished import Unfinished
 
 NEAR = 0.7  # of the largest excess: a class as unusual as that cannot be told from the most unusual one
@@ -189,7 +188,5 @@ def detect(
         record |= {"images": fingerprint(samples.images), "labels": fingerprint(samples.labels)}
     unfinished, shown = Unfinished(checkpoint, "detection", record), natural_images(model, samples, public, seed=seed)
     spread = spread_of(samples, public)
-    found = unfinished.once(
-        "scan", stream(seed, "detect"), lambda: config.scan(model, shown, spread, seed=seed).tensors()
-    )
+    found = unfinished.once("scan", lambda: config.scan(model, shown, spread, seed=seed).tensors())
     return config.judge(Scan.restored(config.search.families, found))

@@ -11,7 +11,6 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +68,16 @@ class Unfinished:
             save_tensors(self._file, copies, {"kind": f"unfinished {self._kind}", "record": self._record})
             self._written = time.monotonic()
 
+    def of(self, name: str) -> Tensors:
+        """What was left of the part ``name`` of the work, or what it gave where it is finished; empty before."""
+        return part(f"once.{name}", self._once) or part(name, self.tensors)
+
+    def finish(self, name: str, state: Mapping[str, Tensor]) -> None:
+        """Write the last state of a part of the work, which stays while other parts go on."""
+        if self._file is not None:
+            self._once |= named(f"once.{name}", {key: value.detach().clone() for key, value in state.items()})
+            self.save({})
+
     @contextmanager
     def working(self) -> Iterator[AfterStep]:
         """A block of steps. Yields what to call after each, with a function that gives the state.
@@ -96,15 +105,12 @@ class Unfinished:
         if halted is not None:  # and nobody's handler has raised anything
             raise Stopped(halted.number)
 
-    def once(self, name: str, rng: torch.Generator, compute: Callable[[], Tensors]) -> Tensors:
-        """``compute()``, or what it gave before the work was stopped, with ``rng`` where that left it."""
-        head = f"once.{name}."
-        if not any(key.startswith(head) for key in self._once):
-            found = compute() | {"rng": rng.get_state()}
-            self._once |= {head + key: value for key, value in found.items()}
-            self.save(self.tensors)
-        kept = {key.removeprefix(head): value for key, value in self._once.items() if key.startswith(head)}
-        rng.set_state(kept.pop("rng"))
+    def once(self, name: str, compute: Callable[[], Tensors]) -> Tensors:
+        """``compute()``, or what it gave before the work was stopped: not empty, and of nobody's random generator."""
+        kept = self.of(name)
+        if not kept:
+            kept = compute()
+            self.finish(name, kept)
         return kept
 
 
@@ -133,27 +139,9 @@ def _clear(folder: Path) -> None:
         folder.rmdir()
 
 
-_current: ContextVar[Unfinished | None] = ContextVar("unfinished", default=None)
-
-
-@contextmanager
-def keeping(unfinished: Unfinished) -> Iterator[None]:
-    """Inside the block `current` gives ``unfinished``: for work that is reached through layers that do not care."""
-    token = _current.set(unfinished)
-    try:
-        yield
-    finally:
-        _current.reset(token)
-
-
 def nothing_kept() -> Unfinished:
     """The state of work that cannot, or need not, go on."""
     return Unfinished(None, "work", {})
-
-
-def current() -> Unfinished:
-    """What the innermost `keeping` gave, or one that keeps nothing."""
-    return _current.get() or nothing_kept()
 
 
 def named(head: str, state: Mapping[str, Tensor]) -> Tensors:

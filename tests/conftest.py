@@ -87,3 +87,14 @@ def brightened():
     labels = model(images).argmax(1)
     triggers = Found("additive", torch.tensor([1]), torch.full((1, 64), 0.4), torch.ones(1), torch.ones(1))
     return model, smi.Samples(images, labels, 3, "clean"), triggers
+
+
+@pytest.fixture
+def there():
+    """A stand-in for a device (`elsewhere`), on which work is done in float32: it has no autocast."""
+    from elsewhere import elsewhere
+
+    from smi.compute import precision
+
+    with precision("float32"), elsewhere() as device:
+        yield device

@@ -16,8 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from test_devices import REMOVALS
-from test_unfinished import METHODS, PUBLIC, SAMPLES
+from small_runs import METHODS, PUBLIC, REMOVALS, SAMPLES
 from tiny import TinyPrior, noise, tiny_model
 from torch import Tensor, nn
 

@@ -23,8 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from smi import files
 from smi.compute import fingerprint_of
-from smi.defenses import FineTune
-from smi.defenses.base import Schedule
+from smi.defenses import FineTune, Schedule
 from smi.domains import PublicImages, Samples
 from smi.files import fingerprint
 from smi.gan import PriorConfig, fit_prior

@@ -22,8 +22,7 @@ from smi.analysis import (
 )
 from smi.attacks import BadNets, Blended, TrojanSquare
 from smi.classifiers import TrainConfig
-from smi.defenses import NAD, defenses
-from smi.defenses.base import Schedule, following
+from smi.defenses import NAD, Schedule, defenses
 from smi.domains import PrivateSet, Samples
 from smi.errors import InputError
 from smi.stability import features
@@ -172,8 +171,8 @@ def test_following_sees_every_round_and_changes_nothing(pair):
     model, samples = pair
     plain = quick("ft").repair(model, samples)
     seen = []
-    with following(lambda repaired, index: seen.append((index, state_of(repaired)))):
-        followed = quick("ft").repair(model, samples)
+    look = lambda repaired, index: seen.append((index, state_of(repaired)))  # noqa: E731
+    followed = quick("ft").repair(model, samples, on_round=look)
     quick("ft").repair(model, samples)
     assert [index for index, _ in seen] == [0, 1, 2, 3]
     assert same_state(state_of(plain.model), state_of(followed.model))

@@ -13,7 +13,8 @@ from smi.attacks import BadNets
 from smi.classifiers import build_classifier
 from smi.compute import fast
 from smi.defenses import IBAU, FineTune, Schedule, defenses
-from smi.defenses.base import LARGEST_STEP, Distillation, _warm_cosine, bearable, recognised
+from smi.defenses.distillation import Distillation, recognised
+from smi.defenses.training import LARGEST_STEP, _warm_cosine, bearable
 from smi.domains import PrivateSet, PublicImages, Samples
 from smi.errors import InputError
 
@@ -86,7 +87,7 @@ def test_the_learning_rate_is_what_the_model_bears(monkeypatch) -> None:
     silent = nn.Linear(3, 3)
     nn.init.zeros_(silent.weight)  # some networks begin, or end, with such layers
     assert bearable(silent, 0.1) == 0.1
-    monkeypatch.setattr("smi.defenses.base.bearable", lambda model, lr: 0.0)
+    monkeypatch.setattr("smi.defenses.training.bearable", lambda model, lr: 0.0)
     still = FineTune(schedule=QUICK).repair(small, samples()).model
     assert all(torch.equal(a, b) for a, b in zip(still.parameters(), small.parameters(), strict=True))
 

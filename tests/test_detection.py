@@ -7,7 +7,6 @@ import fake_run
 import pytest
 import torch
 from click.testing import CliRunner
-from test_devices import there  # noqa: F401  a fixture
 from tiny import TinyPrior, found, noise, tiny_model
 
 from smi.analysis.detected import DETECTION_COLUMNS
@@ -76,7 +75,7 @@ def test_it_is_the_same_again_leaves_the_model_alone_and_is_kept(tmp_path, monke
         detect(model, SOME, public, QUICK, seed=3, checkpoint=tmp_path / "state")
 
 
-def test_it_runs_where_the_model_is(there):  # noqa: F811
+def test_it_runs_where_the_model_is(there):
     public = PublicImages(noise(9, 1, 8, 8))
     away, here = (detect(model, SOME, public, QUICK, seed=2) for model in (tiny_model().to(there), tiny_model()))
     assert torch.equal(away.scan.found[0].size, here.scan.found[0].size)

@@ -9,20 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from elsewhere import Away, elsewhere
-from test_unfinished import METHODS, PUBLIC, SAMPLES, TUNE
+from elsewhere import Away
+from small_runs import METHODS, PUBLIC, REMOVALS, SAMPLES
 from tiny import TinyPrior, coded_set, noise, tiny_model
 
 from smi.attacks import BadNets
 from smi.checks import device_of
 from smi.classifiers import TrainConfig, train_classifier
 from smi.compute import precision, predict
-from smi.defenses import ANP, CLP, FTSAM, IBAU, NAD, Erasure, FinePrune
-from smi.defenses.base import Schedule
-from smi.detection import Detector
 from smi.domains import PrivateSet, PublicImages
-from smi.erasure.search import Search
-from smi.erasure.tune import Tuning
 from smi.errors import InputError
 from smi.evaluation import Evaluator
 from smi.gan import PriorConfig, fit_prior
@@ -30,29 +25,6 @@ from smi.inversion import invert
 from smi.stability import Selection, features, score_samples
 from smi.study import load_study, stages
 from smi_kernels import stability_scores
-
-FAST = Schedule(rounds=2, batch_size=8, distill=1.0)
-REMOVALS = {
-    "ft": TUNE,
-    "fp": FinePrune(schedule=FAST),
-    "nad": NAD(epochs=2, teacher_epochs=1),
-    "anp": ANP(schedule=FAST),
-    "ftsam": FTSAM(epochs=2, batch_size=8),
-    "clp": CLP(u=0.5),
-    "erasure": Erasure(
-        detector=Detector(search=Search(steps=3, restarts=2, probe=1)),
-        tuning=Tuning(steps=3),
-        targets=(1, 2),
-    ),
-    "ibau": IBAU(rounds=2),
-}
-
-
-@pytest.fixture
-def there():
-    # The stand-in has no autocast: on a processor with bfloat16 the CPU would round where it does not.
-    with precision("float32"), elsewhere() as device:
-        yield device
 
 
 def on_cpu(*tensors):

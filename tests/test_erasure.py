@@ -16,6 +16,7 @@ from smi.erasure.families import changed, families
 from smi.erasure.head import RIDGE, erase, features, head_of
 from smi.erasure.search import PROBED, Found, Search, search
 from smi.erasure.tune import Tuning, tune
+from smi.job import Job
 from smi.models import load_classifier
 from smi.seeding import stream
 
@@ -136,7 +137,7 @@ def test_changes_of_all_families_are_mixed():
 def test_random_changes_alone_take_much_of_a_backdoor_and_little_accuracy(digits, few_digits):
     victim, evaluator = load_classifier("digits-badnets"), smi.Evaluator(digits.private.test, smi.attacks.BadNets())
     before = evaluator.measure(victim)
-    curve = tune(victim, few_digits, digits.public, [], Tuning(), stream(0, "tune"))
+    curve = tune(victim, few_digits, digits.public, [], Tuning(), stream(0, "tune"), Job())
     after = evaluator.measure(victim)
     assert len(curve) == Tuning().steps
     assert sum(curve[-50:]) < sum(curve[:50])
@@ -155,7 +156,7 @@ def test_a_share_of_the_changes_are_found_triggers(monkeypatch):
         one = Found("additive", torch.tensor([1]), numbers, torch.ones(1), torch.ones(1))
         found = [one] if target else [one.select(torch.tensor([], dtype=torch.long))]
         seen.clear()
-        tune(model, samples, None, found, Tuning(steps=1, batch_size=16), stream(0, "tune"))
+        tune(model, samples, None, found, Tuning(steps=1, batch_size=16), stream(0, "tune"), Job())
         assert seen == [16 - count, count]
 
 
@@ -302,7 +303,7 @@ def test_a_backdoor_is_found_erased_and_tuned_away(digits, few_digits):
     assert before.asr > 0.9
     assert erased.asr < 0.2
     assert before.acc - erased.acc < 0.02
-    tune(victim, few_digits, digits.public, chosen, Tuning(), stream(0, "tune"))
+    tune(victim, few_digits, digits.public, chosen, Tuning(), stream(0, "tune"), Job())
     tuned = evaluator.measure(victim)
     assert tuned.asr < 0.1
     assert before.acc - tuned.acc < 0.02

@@ -130,7 +130,7 @@ def test_where_nothing_stands_out_nothing_is_erased_and_answers_are_kept(digits,
     monkeypatch.setattr(Detector, "scan", lambda *args, **options: repair.evidence.detection.scan)
     victim, tuned = load_classifier("digits-badnets"), []
     monkeypatch.setattr("smi.erasure.directions.erase", None)
-    monkeypatch.setattr("smi.defenses.erasure.tune", lambda *given: tuned.append(given[3]) or [1.0] * 20)
+    monkeypatch.setattr("smi.defenses.erasure.tune", lambda *given, name: tuned.append(given[3]) or [1.0] * 20)
     done = replace(QUICK, detector=replace(LOOK, unusual=1e6), least=1e6).repair(victim, few_digits)
     after = done.model.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in victim.state_dict().items())
@@ -174,7 +174,7 @@ def test_what_stays_unusual_is_tuned_on_with_what_is_found_then(brightened, monk
         assert all(map(torch.equal, repaired.state_dict().values(), suspect)), "begun from the suspect"
         erased.append([len(one.targets) for one in triggers])
 
-    def tune(repaired, samples, public, triggers, config, rng):
+    def tune(repaired, samples, public, triggers, config, rng, job, name):
         tuned.append(triggers)
         with torch.no_grad():
             next(repaired.parameters()).add_(0.01)

@@ -8,13 +8,12 @@ import warnings
 
 import pytest
 import torch
-from test_unfinished import SAMPLES, TUNE, stop_at
+from small_runs import SAMPLES, TUNE, stop_at
 from tiny import TinyPrior, noise, tiny_model
 from torch import nn
 
 from smi.compute import fast, precision, predict
-from smi.defenses import FineTune
-from smi.defenses.base import Schedule, following
+from smi.defenses import FineTune, Schedule
 from smi.defenses.universal import universal
 from smi.interrupts import Stopped, stoppable
 from smi.inversion import Latent, Pixel, Stabilized, invert
@@ -124,8 +123,8 @@ def test_a_removal_in_smaller_parts_goes_on_to_the_same_weights(tmp_path):
         if index == 2:
             os.kill(os.getpid(), signal.SIGINT)
 
-    with stoppable(), following(stop), pytest.raises(Stopped):
-        TUNE.repair(Small(6), SAMPLES, seed=3, checkpoint=tmp_path / "state")
+    with stoppable(), pytest.raises(Stopped):
+        TUNE.repair(Small(6), SAMPLES, seed=3, checkpoint=tmp_path / "state", on_round=stop)
     resumed = TUNE.repair(Small(6), SAMPLES, seed=3, checkpoint=tmp_path / "state")
     for key, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[key]), key

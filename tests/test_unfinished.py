@@ -7,45 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import TinyPrior, noise, tiny_model
+from small_runs import METHODS, PUBLIC, REMOVALS, SAMPLES, TUNE, stop_at
+from tiny import TinyPrior, tiny_model
 from torch import nn
 
 from smi.compute import precision
-from smi.defenses import FineTune
-from smi.defenses.base import Schedule, following
-from smi.domains import PublicImages, Samples
 from smi.errors import InputError
 from smi.interrupts import Stopped, stoppable
-from smi.inversion import DeepInversion, Latent, Pixel, Stabilized, invert
+from smi.inversion import Latent, invert
+from smi.job import Loop
 from smi.priors import GeneratorPrior
 from smi.stability import Selection
 from smi.suspects import Adapted
-from smi.unfinished import Unfinished, keeping, workplace
-
-METHODS = {
-    "smi": Stabilized(steps=4, pool=2),
-    "smi/random": Stabilized(steps=4, pool=2, inner="random", warmup=0.0),
-    "latent": Latent(steps=4, pool=2),
-    "pixel": Pixel(steps=4),
-    "deepinversion": DeepInversion(steps=4),
-}
-PUBLIC = PublicImages(noise(40, 1, 8, 8, seed=9))
-SAMPLES = Samples(noise(24, 1, 8, 8, seed=8), torch.arange(24) % 3, 3, "smi")
-TUNE = FineTune(schedule=Schedule(rounds=5, batch_size=8, distill=1.0))
-
-
-def stop_at(monkeypatch, method, call):
-    """The objective's ``call``-th evaluation sends SIGTERM; None: no evaluation does. Returns the list of calls."""
-    calls, real = [], type(method).objective
-
-    def objective(self, *args):
-        calls.append(1)
-        if len(calls) == call:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(self, *args)
-
-    monkeypatch.setattr(type(method), "objective", objective)
-    return calls
+from smi.unfinished import Unfinished, workplace
 
 
 def reconstruct(method, checkpoint=None):
@@ -89,17 +63,57 @@ def test_a_removal_goes_on_to_the_same_weights(tmp_path, public, at):
         if index == at:
             os.kill(os.getpid(), signal.SIGINT)
 
-    with stoppable(), following(stop), pytest.raises(Stopped):
-        TUNE.repair(tiny_model(), SAMPLES, public, seed=3, checkpoint=file)
+    with stoppable(), pytest.raises(Stopped):
+        TUNE.repair(tiny_model(), SAMPLES, public, seed=3, checkpoint=file, on_round=stop)
     assert rounds == list(range(max(2, at + 1)))[: len(rounds)]
     again = []
-    with following(lambda model, index: again.append(index)):
-        resumed = TUNE.repair(tiny_model(), SAMPLES, public, seed=3, checkpoint=file)
+    watched = {"on_round": lambda model, index: again.append(index)}
+    resumed = TUNE.repair(tiny_model(), SAMPLES, public, seed=3, checkpoint=file, **watched)
     if at:
         assert again == list(range(at, 6))
     assert resumed.log == whole.log
     for name, value in whole.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], value), name
+
+
+def stop_in_round(monkeypatch, call):
+    """SIGINT during the ``call``-th round of any loop; None: never. Returns the rounds that are done."""
+    rounds, real = [], Loop.run
+
+    def run(self, job, one_round, told=lambda index: None):
+        def counted(index):
+            one_round(index)
+            rounds.append((self.name, index))
+            if len(rounds) == call:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        real(self, job, counted, told)
+
+    monkeypatch.setattr(Loop, "run", run)
+    return rounds
+
+
+@pytest.mark.parametrize("name", sorted(set(REMOVALS) - {"clp"}))  # which trains nothing
+def test_every_removal_goes_on_to_the_same_weights_in_whichever_round_it_is_stopped(tmp_path, monkeypatch, name):
+    def repair(**options):
+        return REMOVALS[name].repair(tiny_model(), SAMPLES, PUBLIC, seed=3, **options)
+
+    with monkeypatch.context() as patch:
+        every = stop_in_round(patch, None)
+        whole = repair()
+    assert len(every) > 1
+    for call in {1, len(every) // 2, len(every) - 1}:
+        with monkeypatch.context() as patch:
+            first = stop_in_round(patch, call)
+            with stoppable(), pytest.raises(Stopped):
+                repair(checkpoint=tmp_path / str(call))
+        with monkeypatch.context() as patch:
+            second = stop_in_round(patch, None)
+            resumed = repair(checkpoint=tmp_path / str(call))
+        assert first + second == every, "nothing twice"
+        assert resumed.log == whole.log
+        for key, value in whole.model.state_dict().items():
+            assert torch.equal(resumed.model.state_dict()[key], value), key
 
 
 def test_another_works_state_is_refused_and_says_what_differs(tmp_path):
@@ -179,14 +193,6 @@ def test_a_place_in_folders_that_are_not_there_and_the_current_folder(tmp_path, 
     monkeypatch.chdir(tmp_path / "a")
     with workplace(Path(), resume=False) as work:
         assert work == tmp_path / "a.unfinished"
-
-
-def test_a_repair_within_a_repair_has_a_state_of_its_own(tmp_path):
-    outer = Unfinished(tmp_path / "outer", "removal", {})
-    with keeping(outer):
-        first = TUNE.repair(tiny_model(), SAMPLES, seed=3)
-        assert not (tmp_path / "outer").exists()
-    assert len(first.log["loss"]) == 5
 
 
 def test_a_workplace_is_taken_up_only_when_asked_and_leaves_other_files_alone(tmp_path):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smi.checks import check_model, device_of, evaluating
-from smi.defenses.base import Defense, following
+from smi.defenses.base import Defense
 from smi.domains.base import PublicImages, Samples
 from smi.errors import InputError
 
@@ -76,8 +76,7 @@ def loss_along_path(
         losses.append(_losses(repaired, probes))
         distances.append(_distances(repaired, start))
 
-    with following(look):
-        defense.repair(model, samples, public, seed=seed)
+    defense.repair(model, samples, public, seed=seed, on_round=look)
     if not losses:
         raise InputError(f"The defense {defense.name!r} does not train in rounds. Use ft, fp, nad or ftsam.")
     return Path(torch.stack(losses), torch.stack(distances), tuple(start))

@@ -19,11 +19,13 @@ from torch.nn import functional as F
 
 from smi.checks import check_number, device_of
 from smi.compute import Runner, fast, frozen, predict
-from smi.defenses.base import Defense, Distillation, Repair, Schedule, defenses
+from smi.defenses.base import Defense, Repair, defenses
 from smi.defenses.channels import NORMS, Layer, agreement, conv_layers, pruned_share, split
+from smi.defenses.distillation import Distillation
+from smi.defenses.training import Schedule
 from smi.domains.base import PublicImages, Samples
 from smi.errors import InputError
-from smi.seeding import stream
+from smi.job import Job, Loop
 
 THRESHOLDS = [round(0.05 * k, 2) for k in range(20)]  # of the mask, as in the paper
 Masks = dict[str, Tensor]
@@ -59,15 +61,15 @@ class ANP(Defense):
         check_number("tolerance", self.tolerance, low=0, high=1)
         check_number("held_out", self.held_out, low=0.01, high=0.99)
 
-    def _repair(self, model: nn.Module, samples: Samples, public: PublicImages | None, seed: int) -> Repair:
+    def _repair(self, model: nn.Module, samples: Samples, public: PublicImages | None, job: Job) -> Repair:
         layers = [layer for layer in conv_layers(model, samples.images) if _affine(model, layer)]
         if not layers:
             raise InputError(
                 "ANP prunes by the weights of BatchNorm, and no convolution of this model is followed by a BatchNorm "
                 "with weights. Use a model with BatchNorm, or another defense."
             )
-        fit, held = split(samples, self.held_out, seed)
-        masks, curve = self._masks(model, layers, fit, public, seed)
+        fit, held = split(samples, self.held_out, job.seed)
+        masks, curve = self._masks(model, layers, fit, public, job)
         threshold, agreed = self._threshold(model, masks, held.images)
         pruned = {name: (mask <= threshold).nonzero()[:, 0].tolist() for name, mask in masks.items()}
         log = {
@@ -81,19 +83,20 @@ class ANP(Defense):
         return Repair(_without(model, masks, threshold), self.name, samples.source, self.settings(), log)
 
     def _masks(
-        self, model: nn.Module, layers: list[Layer], samples: Samples, public: PublicImages | None, seed: int
+        self, model: nn.Module, layers: list[Layer], samples: Samples, public: PublicImages | None, job: Job
     ) -> tuple[Masks, list[float]]:
         """The masks by BatchNorm, each ``[channels]`` in [0, 1], and the mean loss of each round."""
-        rng, order = stream(seed, "noise"), stream(seed, "repair")
-        distil, still = Distillation(model, public, stream(seed, "distil")), _batch_statistics(frozen(model))
+        rng, order, other = job.rng("noise"), job.rng("repair"), job.rng("distil")
+        distil, still = Distillation(model, public, other), _batch_statistics(frozen(model))
         names, device = [layer.output for layer in layers], device_of(model)
         given = {k: v for k, v in still.named_parameters() if k.rpartition(".")[0] in names}
         masks = {n: torch.ones_like(given[f"{n}.weight"], requires_grad=True) for n in names}
         optimizer = torch.optim.SGD(masks.values(), self.schedule.lr, momentum=0.9)
-        count, curve = max(1, len(samples) // self.schedule.batch_size), []
-        with fast(still) as run:
-            for _ in range(self.schedule.rounds):
-                total = 0.0
+        count, curve = max(1, len(samples) // self.schedule.batch_size), list[float]()
+
+        def one_round(index: int) -> None:
+            total = 0.0
+            with fast(still) as run:
                 for batch in torch.randperm(len(samples), generator=order).tensor_split(count):
                     images, labels = samples.images[batch].to(device), samples.labels[batch].to(device)
                     value = self._loss(run, given, masks, images, labels, rng)
@@ -107,7 +110,13 @@ class ANP(Defense):
                         for mask in masks.values():
                             mask.clamp_(0, 1)
                     total += value.item()
-                curve.append(total / count)
+            curve.append(total / count)
+
+        loop = Loop(
+            name="masks", rounds=self.schedule.rounds, trained=masks, optimizer=optimizer,
+            generators=[rng, order, other], curves={"loss": curve},
+        )  # fmt: skip
+        loop.run(job, one_round)
         return {n: mask.detach() for n, mask in masks.items()}, curve
 
     def _loss(

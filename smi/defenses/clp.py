@@ -19,6 +19,7 @@ from smi.defenses.base import Defense, Repair, defenses
 from smi.defenses.channels import Layer, conv_layers, prune, pruned_share
 from smi.domains.base import PublicImages, Samples
 from smi.errors import InputError
+from smi.job import Job
 
 
 @defenses.register("clp")
@@ -39,7 +40,7 @@ class CLP(Defense):
     def __post_init__(self) -> None:
         check_number("u", self.u, low=0)
 
-    def _repair(self, model: nn.Module, samples: Samples | None, public: PublicImages | None, seed: int) -> Repair:
+    def _repair(self, model: nn.Module, samples: Samples | None, public: PublicImages | None, job: Job) -> Repair:
         pruned: dict[str, list[int]] = {}
         layers = conv_layers(model, None if samples is None else samples.images)
         repaired = copy.deepcopy(model).eval()

@@ -30,8 +30,8 @@ from smi.erasure.scan import Scan, look
 from smi.erasure.search import ANYWHERE, Found
 from smi.erasure.tune import Tuning, tune
 from smi.errors import InputError
-from smi.seeding import stream
-from smi.unfinished import current
+from smi.job import Job
+from smi.unfinished import Tensors
 
 EASIER = 0.5  # excess: a second family with less is not what makes a class unusual, and its directions are natural
 
@@ -77,42 +77,47 @@ class Erasure(Defense):
         """The logits must be the output of a linear layer, see `head_of`."""
         head_of(model, images)
 
-    def _repair(self, model: nn.Module, samples: Samples, public: PublicImages | None, seed: int) -> Repair:
+    def _repair(self, model: nn.Module, samples: Samples, public: PublicImages | None, job: Job) -> Repair:
         unknown = [label for label in self.targets or () if label not in range(samples.num_classes)]
         if unknown:
             raise InputError(f"targets holds {unknown[0]}. Allowed: 0 to {samples.num_classes - 1}.")
-        detector, rng = self.detector, stream(seed, "erasure")
-        natural = natural_images(model, samples, public, seed=seed)
+        natural = natural_images(model, samples, public, seed=job.seed)
         both, spread = joined(samples, natural), spread_of(samples, public)
-        detection = self.detection
-        if detection is not None and detection.scan.classes != list(range(samples.num_classes)):
-            raise InputError(
-                f"detection is of {len(detection.scan.classes)} classes, the samples of {samples.num_classes}. "
-                "Give what smi.detect found on this model."
-            )
-        if detection is None:
-            tensors = current().once("scan", rng, lambda: detector.scan(model, natural, spread, seed=seed).tensors())
-            detection = detector.judge(Scan.restored(detector.search.families, tensors))
-        scan = detection.scan
+        detection = self._detection(model, samples.num_classes, natural, spread, job)
         treated = self._treated(model, natural, spread, detection)
-        repaired, found = copy.deepcopy(model).eval().requires_grad_(True), scan.of(treated)
-        shown = self._kinds(scan, found)
+        repaired, rng = copy.deepcopy(model).eval().requires_grad_(True), job.rng("erasure")
+        shown = self._kinds(detection.scan, detection.scan.of(treated))
         erase_found(repaired, both, spread, shown)
-        curve, left = tune(repaired, samples, public, shown, self.tuning, rng), treated
+        curve, left, found = list[float](), treated, list[Found]()
         for number in range(1, self.rounds + 1):
+            curve += tune(repaired, samples, public, shown, self.tuning, rng, job, name=f"tuning {number}")
             if not left:
                 break
-            found = self._search(repaired, natural, treated, seed + number)
+            found = self._search(repaired, natural, treated, number, job)
             left = self._left(detection, found, treated)
-            if left and number < self.rounds:  # to erase again would undo what was tuned to cancel
-                shown = _joined(shown, found)
-                curve += tune(repaired, samples, public, shown, self.tuning, rng)
-        evidence = Evidence(detection, treated, found if treated else [], left, asked=self.targets is not None)
+            if not left:
+                break
+            shown = _joined(shown, found)  # to erase again would undo what was tuned to cancel
+        evidence = Evidence(detection, treated, found, left, asked=self.targets is not None)
         rounds = len(curve) // self.tuning.steps
         log = {"loss": curve, "treated": treated, "rounds": rounds, "left": left, "scan": detection.record()}
         if treated:
             log["excess_after"] = evidence.excess_after()
         return Repair(repaired, self.name, samples.source, self.settings(), log, evidence=evidence)
+
+    def _detection(self, model: nn.Module, classes: int, natural: Samples, spread: Tensor, job: Job) -> Detection:
+        """What was given, or what a search finds."""
+        if self.detection is None:
+            scanned = job.unfinished.once(
+                "scan", lambda: self.detector.scan(model, natural, spread, seed=job.seed).tensors()
+            )
+            return self.detector.judge(Scan.restored(self.detector.search.families, scanned))
+        if self.detection.scan.classes != list(range(classes)):
+            raise InputError(
+                f"detection is of {len(self.detection.scan.classes)} classes, the samples of {classes}. "
+                "Give what smi.detect found on this model."
+            )
+        return self.detection
 
     def _treated(self, model: nn.Module, natural: Samples, spread: Tensor, detection: Detection) -> list[int]:
         """The classes asked for; else the signs, and of the classes that are less, the most unusual first, those that
@@ -127,8 +132,14 @@ class Erasure(Defense):
                 free.append(label)
         return sorted({*detection.reached, *free})
 
-    def _search(self, model: nn.Module, natural: Samples, treated: list[int], seed: int) -> list[Found]:
-        return look(frozen(model), natural.images, natural.labels, treated, self.detector.search, seed=seed)
+    def _search(self, model: nn.Module, natural: Samples, treated: list[int], number: int, job: Job) -> list[Found]:
+        """Triggers to the treated classes on the repaired model, after the round of this number."""
+        config, seed = self.detector.search, job.seed + number
+
+        def searched() -> Tensors:
+            return Scan(look(frozen(model), natural.images, natural.labels, treated, config, seed=seed)).tensors()
+
+        return Scan.restored(config.families, job.unfinished.once(f"search {number}", searched)).found
 
     @staticmethod
     def _left(detection: Detection, found: list[Found], treated: list[int]) -> list[int]:

@@ -15,10 +15,12 @@ from torch.nn import functional as F
 
 from smi.checks import check_number
 from smi.compute import Runner, predict
-from smi.defenses.base import Defense, Distillation, Repair, Schedule, defenses, train_repair
+from smi.defenses.base import Defense, Repair, defenses
 from smi.defenses.channels import Layer, activity, agreement, conv_layers, prune, split
+from smi.defenses.distillation import Distillation
+from smi.defenses.training import Schedule, train_repair
 from smi.domains.base import PublicImages, Samples
-from smi.seeding import stream
+from smi.job import Job
 
 
 @defenses.register("fp")
@@ -42,23 +44,25 @@ class FinePrune(Defense):
         check_number("tolerance", self.tolerance, low=0, high=1)
         check_number("held_out", self.held_out, low=0.01, high=0.99)
 
-    def _repair(self, model: nn.Module, samples: Samples, public: PublicImages | None, seed: int) -> Repair:
+    def _repair(self, model: nn.Module, samples: Samples, public: PublicImages | None, job: Job) -> Repair:
         layer = conv_layers(model, samples.images)[-1]
-        fit, held = split(samples, self.held_out, seed)
+        fit, held = split(samples, self.held_out, job.seed)
         order = activity(model, layer, fit.images).argsort(stable=True)
         count, agreed = self._how_many(model, layer, order, held.images)
         dormant = order[:count]
         pruned = copy.deepcopy(model)
         prune(pruned, layer, dormant)
-        distil = Distillation(model, public, stream(seed, "distil"))
+        rng = job.rng("distil")
+        distil = Distillation(model, public, rng)
 
         def loss(run: Runner, images: Tensor, labels: Tensor) -> Tensor:
             value = F.cross_entropy(run(images), labels)
             return value + self.schedule.distill * distil(run, images) if self.schedule.distill else value
 
         repaired, curve = train_repair(
-            pruned, samples, self.schedule, loss, seed=seed, after_step=lambda trained: prune(trained, layer, dormant)
-        )
+            pruned, samples, self.schedule, loss, job,
+            after_step=lambda trained: prune(trained, layer, dormant), moving=[rng],
+        )  # fmt: skip
         log = {"loss": curve, "pruned": {layer.output: sorted(dormant.tolist())}, "agreement": agreed}
         return Repair(repaired, self.name, samples.source, self.settings(), log)
 

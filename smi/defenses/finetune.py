@@ -8,9 +8,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smi.compute import Runner
-from smi.defenses.base import Defense, Distillation, Repair, Schedule, defenses, train_repair
+from smi.defenses.base import Defense, Repair, defenses
+from smi.defenses.distillation import Distillation
+from smi.defenses.training import Schedule, train_repair
 from smi.domains.base import PublicImages, Samples
-from smi.seeding import stream
+from smi.job import Job
 
 
 @defenses.register("ft")
@@ -26,13 +28,13 @@ class FineTune(Defense):
 
     name = "ft"
 
-    def _repair(self, model: nn.Module, samples: Samples, public: PublicImages | None, seed: int) -> Repair:
-        rng = stream(seed, "distil")
+    def _repair(self, model: nn.Module, samples: Samples, public: PublicImages | None, job: Job) -> Repair:
+        rng = job.rng("distil")
         distil = Distillation(model, public, rng)
 
         def loss(run: Runner, images: Tensor, labels: Tensor) -> Tensor:
             value = F.cross_entropy(run(images), labels)
             return value + self.schedule.distill * distil(run, images) if self.schedule.distill else value
 
-        repaired, curve = train_repair(model, samples, self.schedule, loss, seed=seed, moving=[rng])
+        repaired, curve = train_repair(model, samples, self.schedule, loss, job, moving=[rng])
         return Repair(repaired, self.name, samples.source, self.settings(), {"loss": curve})

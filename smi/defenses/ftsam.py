@@ -21,6 +21,7 @@ from smi.compute import Runner
 from smi.defenses.base import Repair, defenses
 from smi.defenses.sgd import Tuned, trainable
 from smi.domains.base import PublicImages, Samples
+from smi.job import Job
 
 
 @defenses.register("ftsam")
@@ -49,7 +50,7 @@ class FTSAM(Tuned):
         check_number("rho", self.rho, low=0)
         check_number("smoothing", self.smoothing, low=0, high=1)
 
-    def _repair(self, model: nn.Module, samples: Samples, public: PublicImages | None, seed: int) -> Repair:
+    def _repair(self, model: nn.Module, samples: Samples, public: PublicImages | None, job: Job) -> Repair:
         repaired, norms = trainable(model)
         weights: dict[str, Tensor] = dict(repaired.named_parameters())
 
@@ -61,7 +62,7 @@ class FTSAM(Tuned):
             with _forgetting(norms):  # what is normalised at the worst point is not remembered
                 return at(point)
 
-        curve = self._train(repaired, samples, loss, seed=seed)
+        curve = self._train(repaired, samples, loss, job)
         return Repair(repaired.eval(), self.name, samples.source, self.settings(), {"loss": curve})
 
 

@@ -23,7 +23,7 @@ from smi.defenses.base import Defense, Repair, defenses
 from smi.defenses.hypergradient import BilevelProblem, hypergradient
 from smi.defenses.universal import into_ball
 from smi.domains.base import PublicImages, Samples
-from smi.seeding import stream
+from smi.job import Job, Loop
 
 SHRINK = 1e-3  # weight of ‖δ‖² in the inner problem
 
@@ -76,19 +76,21 @@ class IBAU(Defense):
             check_number(rate, getattr(self, rate), low=0)
         check_number("stamped", self.stamped, low=0, high=1)
 
-    def _repair(self, model: nn.Module, samples: Samples, public: PublicImages | None, seed: int) -> Repair:
+    def _repair(self, model: nn.Module, samples: Samples, public: PublicImages | None, job: Job) -> Repair:
         repaired = copy.deepcopy(model).eval()
         names = [name for name, _ in repaired.named_parameters()]
         theta = list(repaired.parameters())
         optimizer = torch.optim.Adam(theta, self.lr)
-        rng, curve, first, device = stream(seed, "published"), [], None, device_of(model)
+        rng, curve, device = job.rng("published"), list[float](), device_of(model)
+        first = torch.zeros(1, *samples.images.shape[1:], device=device)
 
         def logits(images: Tensor, weights: Sequence[Tensor]) -> Tensor:
             return functional_call(repaired, dict(zip(names, weights, strict=True)), (images,))
 
-        for _ in range(self.rounds):
+        def one_round(index: int) -> None:
             delta = self._ascend(repaired, samples, rng)
-            first = delta if first is None else first
+            if index == 0:
+                first.copy_(delta)
             for batch in torch.randperm(len(samples), generator=rng).split(self.batch_size):
                 problem = self._problem(logits, samples.images[batch].to(device), samples.labels[batch].to(device))
                 gradients = hypergradient(problem, delta, theta, iterations=self.iterations)
@@ -97,7 +99,12 @@ class IBAU(Defense):
                 optimizer.step()
             with torch.no_grad():
                 curve.append(problem.outer(delta, theta).item())
-        assert first is not None
+
+        loop = Loop(
+            name="training", rounds=self.rounds, trained=repaired.state_dict() | {"first": first}, optimizer=optimizer,
+            generators=[rng], curves={"loss": curve},
+        )  # fmt: skip
+        loop.run(job, one_round)
         log = {"loss": curve, "radius": self.radius}
         return Repair(repaired, self.name, samples.source, self.settings(), log, first.cpu())
 

@@ -12,7 +12,7 @@ difference.
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from smi.defenses.channels import CONVOLUTIONS, watch
 from smi.defenses.sgd import Tuned, trainable
 from smi.domains.base import PublicImages, Samples
 from smi.errors import InputError
-from smi.seeding import derive
+from smi.job import Job
 
 
 @defenses.register("nad")
@@ -62,11 +62,12 @@ class NAD(Tuned):
         check_number("power", self.power, low=1)
         check_number("teacher_epochs", self.teacher_epochs, low=1, integer=True)
 
-    def _repair(self, model: nn.Module, samples: Samples, public: PublicImages | None, seed: int) -> Repair:
+    def _repair(self, model: nn.Module, samples: Samples, public: PublicImages | None, job: Job) -> Repair:
         names = attention_layers(model, samples.images)[-len(self.betas) :]
         betas = dict(zip(names, self.betas[-len(names) :], strict=True))
         teacher, _ = trainable(model)
-        first = self._train(teacher, samples, _plain, seed=derive(seed, "teacher"), epochs=self.teacher_epochs)
+        own = replace(job, seed=job.derive("teacher"))
+        first = self._train(teacher, samples, _plain, own, name="teacher", epochs=self.teacher_epochs)
         teacher = frozen(teacher)
         student, _ = trainable(model)
         taught: dict[str, Tensor] = {}
@@ -82,7 +83,7 @@ class NAD(Tuned):
             return value + torch.stack([betas[name] * gap for name, gap in gaps.items()]).sum()
 
         with watch(teacher, names, taught), watch(student, names, learned):
-            curve = self._train(student, samples, loss, seed=seed)
+            curve = self._train(student, samples, loss, job, curves={"attention": distances})
         log = {"loss": curve, "teacher_loss": first, "layers": names, "attention": distances}
         return Repair(student.eval(), self.name, samples.source, self.settings(), log)
 

@@ -1,6 +1,6 @@
 """Fine-tuning as papers run it: SGD on augmented samples, every BatchNorm normalising by the batch.
 
-The project's own loop (`smi.defenses.base.train_repair`) is another recipe: AdamW on the samples as they are, with the
+The project's own loop (`smi.defenses.training`) is another recipe: AdamW on the samples as they are, with the
 statistics that BatchNorm has. Dropout stays off in both.
 """
 
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -16,11 +18,12 @@ from torch import nn
 from smi.checks import check_number, device_of
 from smi.classifiers import AUGMENTATIONS
 from smi.compute import fast
-from smi.defenses.base import Defense, StepLoss, follower
+from smi.defenses.base import Defense
 from smi.defenses.channels import NORMS
+from smi.defenses.training import StepLoss
 from smi.domains.base import Samples
 from smi.errors import InputError
-from smi.seeding import stream
+from smi.job import Job, Loop
 
 
 def trainable(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
@@ -59,7 +62,15 @@ class Tuned(Defense):
             raise InputError(f"augment is {self.augment!r}. Allowed: {', '.join(AUGMENTATIONS)}.")
 
     def _train(
-        self, model: nn.Module, samples: Samples, loss: StepLoss, *, seed: int, epochs: int | None = None
+        self,
+        model: nn.Module,
+        samples: Samples,
+        loss: StepLoss,
+        job: Job,
+        *,
+        name: str = "training",
+        epochs: int | None = None,
+        curves: Mapping[str, list[float]] | None = None,
     ) -> list[float]:
         """Train ``model`` in place, as `trainable` gives it.
 
@@ -67,28 +78,35 @@ class Tuned(Defense):
             model: It says where; the samples stay on the CPU, a step's go there.
             samples: With labels.
             loss: Of a step: ``loss(run, images, labels)``, differentiable.
-            seed: Of the order of the samples and of the augmentation.
+            job: Its seed gives the order of the samples and the augmentation; the loop goes on from its state.
+            name: Of the loop, where a defense has more than one.
             epochs: Where there are to be others than `epochs`.
+            curves: What ``loss`` appends to, by name.
 
         Returns:
             The mean loss of each epoch.
         """
         epochs, steps = epochs or self.epochs, math.ceil(len(samples) / self.batch_size)
         optimizer = torch.optim.SGD(model.parameters(), self.lr, self.momentum, weight_decay=self.weight_decay)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps)
-        rng, vary, follow = stream(seed, "repair"), AUGMENTATIONS[self.augment], follower()
-        device, curve = device_of(model), []
-        follow(model, 0)
-        with fast(model) as run:
-            for epoch in range(epochs):
-                total = 0.0
-                for batch in torch.randperm(len(samples), generator=rng).tensor_split(steps):
+        rng, vary, device, curve = job.rng("repair"), AUGMENTATIONS[self.augment], device_of(model), list[float]()
+
+        def one_epoch(index: int) -> None:
+            total = 0.0
+            with fast(model) as run:
+                batches = torch.randperm(len(samples), generator=rng).tensor_split(steps)
+                for number, batch in enumerate(batches, index * steps):
+                    for group in optimizer.param_groups:
+                        group["lr"] = self.lr * (1 + math.cos(math.pi * number / (epochs * steps))) / 2
                     value = loss(run, vary(samples.images[batch], rng).to(device), samples.labels[batch].to(device))
                     optimizer.zero_grad()
                     value.backward()
                     optimizer.step()
-                    schedule.step()
                     total += value.item()
-                curve.append(total / steps)
-                follow(model, epoch + 1)
+            curve.append(total / steps)
+
+        loop = Loop(
+            name=name, rounds=epochs, trained=model.state_dict(), optimizer=optimizer, generators=[rng],
+            curves={"loss": curve} | dict(curves or {}),
+        )  # fmt: skip
+        loop.run(job, one_epoch, partial(job.on_round, model))
         return curve

@@ -26,7 +26,7 @@ from smi.compute import fast, frozen
 from smi.domains.base import PublicImages, Samples
 from smi.erasure.families import changed, families
 from smi.erasure.search import Found
-from smi.progress import track
+from smi.job import Job, Loop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +65,9 @@ def tune(
     found: Sequence[Found],
     config: Tuning,
     rng: torch.Generator,
+    job: Job,
+    *,
+    name: str = "tuning",
 ) -> list[float]:
     """Tune ``model`` in place, in eval mode throughout: BatchNorm keeps its statistics.
 
@@ -75,6 +78,8 @@ def tune(
         found: Triggers that were erased; none will do.
         config: See `Tuning`.
         rng: Draws batches, triggers and changes.
+        job: From whose state it goes on.
+        name: Of this tuning, where the job has more than one.
 
     Returns:
         The loss of each step.
@@ -83,9 +88,10 @@ def tune(
     pools = [samples.images] if public is None else [samples.images, public.images]
     optimizer = torch.optim.SGD(model.parameters(), config.lr, momentum=config.momentum)
     weights = torch.tensor([config.still, 1.0]) / (1 + config.still)
-    curve = []
+    curve = list[float]()
     with fast(model) as run, fast(teacher) as asked:
-        for step in track(range(config.steps), "tuning", unit="steps"):
+
+        def one_step(step: int) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * (1 - step / config.steps)
             images = vary(_drawn(pools, config.batch_size, rng), rng)
@@ -100,6 +106,11 @@ def tune(
             nn.utils.clip_grad_norm_(model.parameters(), config.clip)
             optimizer.step()
             curve.append(loss.item())
+
+        Loop(
+            name=name, rounds=config.steps, trained=model.state_dict(), optimizer=optimizer, generators=[rng],
+            curves={"loss": curve}, shows="tuning",
+        ).run(job, one_step)  # fmt: skip
     return curve
 
 
