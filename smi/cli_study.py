@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from smi.interrupts import Stopped, stoppable
-from smi.options import check_device
+from smi.options import PRECISIONS, check_device
 from smi.threads import usable_cores
+
+if TYPE_CHECKING:
+    from smi.study import Store, Study
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -38,17 +42,55 @@ def study() -> None:
     """
 
 
+@dataclass(frozen=True)
+class Where:
+    """A study as it is named, and where its files lie."""
+
+    name: str
+    out: Path | None
+    cache: Path | None
+    precision: str
+
+    def open(self) -> tuple[Study, Store]:
+        """The study and its store."""
+        from smi.study import Store, load_study
+        from smi.study.stages import default_cache
+
+        chosen = load_study(self.name, precision=self.precision)
+        out, cache = self.out or Path(f"study-{chosen.name}"), self.cache or default_cache()
+        return chosen, Store(out.absolute(), cache.absolute())
+
+    def rows(self) -> tuple[list[Any], list[str]]:
+        """The rows of the study, or of a folder of cells, and an order of their sources."""
+        from smi.study.results import read_rows, stored
+        from smi.study.spec import shipped
+
+        if self.name not in shipped() and Path(self.name).is_dir():
+            rows = [row for _, row in stored(Path(self.name))]
+            return rows, [row["source"] for row in rows]
+        chosen, store = self.open()
+        return read_rows(chosen, store), [cell.source for cell in chosen.cells]
+
+
 def located(command: Command) -> Command:
-    """The study and where its files lie."""
+    """The study and where its files lie, handed on as the first argument, a `Where`."""
+
+    @wraps(command)
+    def prepared(*, name: str, out: Path | None, cache: Path | None, precision: str, **options: Any) -> Any:
+        return command(Where(name, out, cache, precision), **options)
+
     for option in (
+        click.option("--precision", type=click.Choice(PRECISIONS), default="auto", show_default=True,
+                     help="Number format of the models, where the study does not say; auto: bfloat16 where it is "
+                     "quick. Cells of another precision are other cells."),
         click.option("--cache", type=click.Path(path_type=Path, file_okay=False),
                      help="Victims, priors and samples, shared by studies.  [default: ~/.cache/smi]"),
         click.option("--out", type=click.Path(path_type=Path, file_okay=False),
                      help="One JSON a cell.  [default: study-NAME]"),
         click.argument("name", metavar="STUDY"),
     ):  # fmt: skip
-        command = option(command)
-    return command
+        prepared = option(prepared)
+    return prepared  # type: ignore[return-value]
 
 
 @study.command()
@@ -61,7 +103,7 @@ def located(command: Command) -> Command:
               help="Where the workers run models; several can share one.")  # fmt: skip
 @click.option("--retry", is_flag=True, help="Compute cells that failed again.")
 def run(
-    name: str, out: Path | None, cache: Path | None, workers: int, scheduler: str | None, resource: str | None,
+    where: Where, workers: int, scheduler: str | None, resource: str | None,
     device: str, retry: bool,
 ) -> None:  # fmt: skip
     """Compute the cells that are missing. May be stopped (Ctrl-C) and run again at any time: what is done stays.
@@ -80,7 +122,7 @@ def run(
 
     if scheduler is None:
         check_device(device)  # else it is the workers that need it
-    chosen, store = _open(name, out, cache)
+    chosen, store = where.open()
     store = replace(store, device=device)
     try:
         with stoppable():
@@ -98,11 +140,11 @@ def run(
 
 @study.command()
 @located
-def status(name: str, out: Path | None, cache: Path | None) -> None:
+def status(where: Where) -> None:
     """How many cells are done, failed and missing; why they failed."""
     from smi.study.results import errors, status as count
 
-    chosen, store = _open(name, out, cache)
+    chosen, store = where.open()
     found = count(chosen, store)
     click.echo(", ".join(f"{found[state]} {state}" for state in ("done", "failed", "missing")))
     for title, error in errors(chosen, store):
@@ -117,9 +159,7 @@ def status(name: str, out: Path | None, cache: Path | None) -> None:
 @click.option("--by", multiple=True, type=click.Choice(["domain", "attack", "source", "defense", "seed"]),
               help="What a row stands for; may be repeated.  [default: attack, source, defense]")  # fmt: skip
 @click.option("--force", is_flag=True, help="Overwrite the CSV file.")
-def table(
-    name: str, out: Path | None, cache: Path | None, csv_file: Path | None, by: tuple[str, ...], force: bool
-) -> None:
+def table(where: Where, csv_file: Path | None, by: tuple[str, ...], force: bool) -> None:
     """The finished cells as a Markdown table of means and worst values; with --csv all of them as rows.
 
     In place of STUDY a folder with cells of any study may be named.
@@ -127,7 +167,7 @@ def table(
     from smi.files import output_file, write_atomic
     from smi.study.results import as_csv, as_markdown, summarise
 
-    rows, _ = _rows(name, out, cache)
+    rows, _ = where.rows()
     if csv_file is not None:
         write_atomic(csv_file if force else output_file(csv_file), as_csv(rows))
     click.echo(as_markdown(summarise(rows, by or ("attack", "source", "defense"))))
@@ -138,7 +178,7 @@ def table(
 @click.argument("picture", type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--defense", default="erasure", show_default=True)
 @click.option("--force", is_flag=True, help="Overwrite the picture.")
-def plot(name: str, out: Path | None, cache: Path | None, picture: Path, defense: str, force: bool) -> None:
+def plot(where: Where, picture: Path, defense: str, force: bool) -> None:
     """A picture (.png, .svg, .pdf) of the attack success left and the accuracy lost with one defense.
 
     In place of STUDY a folder with cells of any study may be named.
@@ -147,7 +187,7 @@ def plot(name: str, out: Path | None, cache: Path | None, picture: Path, defense
     from smi.files import output_file
     from smi.study.plot import plot_rates
 
-    rows, order = _rows(name, out, cache)
+    rows, order = where.rows()
     rows = [row for row in rows if row["defense"] == defense]
     if not rows:
         raise InputError(f"No cell with the defense {defense!r} is finished. Run the study first.")
@@ -163,7 +203,7 @@ def plot(name: str, out: Path | None, cache: Path | None, picture: Path, defense
 @click.option("--plot", "picture", type=click.Path(path_type=Path, dir_okay=False),
               help="Similarity, stability and trigger presence, to this picture (.png, .svg, .pdf).")  # fmt: skip
 @click.option("--force", is_flag=True, help="Overwrite the files.")
-def analyse(name: str, out: Path | None, cache: Path | None, csv_file: Path, picture: Path | None, force: bool) -> None:
+def analyse(where: Where, csv_file: Path, picture: Path | None, force: bool) -> None:
     """What the samples of finished cells are like: similarity to real images, stability, presence of the trigger.
 
     Trains a judge a seed and a detector an attack and seed, which it keeps in the cache; what they say is kept beside
@@ -175,7 +215,7 @@ def analyse(name: str, out: Path | None, cache: Path | None, csv_file: Path, pic
     from smi.files import output_file, write_atomic
     from smi.study.results import as_csv
 
-    chosen, store = _open(name, out, cache)
+    chosen, store = where.open()
     files = [file for file in (csv_file, picture) if file is not None]
     for file in files if not force else []:
         output_file(file)
@@ -197,7 +237,7 @@ def analyse(name: str, out: Path | None, cache: Path | None, csv_file: Path, pic
 @click.option("--csv", "csv_file", type=click.Path(path_type=Path, dir_okay=False), required=True,
               help="One row a model, to this file.")  # fmt: skip
 @click.option("--force", is_flag=True, help="Overwrite the file.")
-def detect(name: str, out: Path | None, cache: Path | None, csv_file: Path, force: bool) -> None:
+def detect(where: Where, csv_file: Path, force: bool) -> None:
     """Whether the victims can be told from clean models without clean data: the smallest universal δ a class.
 
     Needs the victims in the cache; what is found is kept beside the cells.
@@ -206,30 +246,9 @@ def detect(name: str, out: Path | None, cache: Path | None, csv_file: Path, forc
     from smi.files import output_file, write_atomic
     from smi.study.results import as_csv
 
-    chosen, store = _open(name, out, cache)
+    chosen, store = where.open()
     if not force:
         output_file(csv_file)
     rows, missing = detections(chosen, store)
     write_atomic(csv_file, as_csv(rows, DETECTION_COLUMNS))
     click.echo(f"wrote {csv_file}: {len(rows)} rows; {missing} victims were not ready")
-
-
-def _rows(name: str, out: Path | None, cache: Path | None) -> tuple[list[Any], list[str]]:
-    """The rows of a study, or of a folder of cells, and an order of their sources."""
-    from smi.study.results import read_rows, stored
-    from smi.study.spec import shipped
-
-    if name not in shipped() and Path(name).is_dir():
-        rows = [row for _, row in stored(Path(name))]
-        return rows, [row["source"] for row in rows]
-    chosen, store = _open(name, out, cache)
-    return read_rows(chosen, store), [cell.source for cell in chosen.cells]
-
-
-def _open(name: str, out: Path | None, cache: Path | None) -> tuple[Any, Any]:
-    """The study and its store."""
-    from smi.study import Store, load_study
-    from smi.study.stages import default_cache
-
-    chosen = load_study(name)
-    return chosen, Store((out or Path(f"study-{chosen.name}")).absolute(), (cache or default_cache()).absolute())

@@ -19,7 +19,7 @@ from smi.checks import device_of, evaluating
 from smi.errors import unknown_name
 from smi.files import fingerprint
 from smi.memory import Chunk, halving
-from smi.threads import suited
+from smi.threads import suited, threads_of
 
 
 def bf16_is_fast() -> bool:
@@ -127,6 +127,17 @@ def versions(device: str | torch.device = "cpu") -> dict[str, str]:
     if kind != "cpu":
         found["device"] = torch.cuda.get_device_name(device) if kind == "cuda" else kind
     return found
+
+
+def circumstances(model: nn.Module) -> dict[str, Any]:
+    """How numbers come about that ``model`` gives here, for a record: precision, device, versions, threads."""
+    device = device_of(model)
+    return {
+        "precision": asked_precision(),
+        "device": device.type,
+        "versions": versions(device),
+        "threads": threads_of(model),
+    }
 
 
 @torch.no_grad()

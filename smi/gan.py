@@ -19,7 +19,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from smi.augment import gan_augment, random_affine
 from smi.checks import check_number, evaluating
-from smi.compute import fast, versions
+from smi.compute import asked_precision, fast, versions
 from smi.domains.base import PublicImages
 from smi.errors import InputError
 from smi.files import fingerprint
@@ -162,6 +162,7 @@ def fit_prior(
             f"The GAN works at {SIZE}×{SIZE}; these images are {tuple(public.images.shape[2:])}. Resize them."
         )
     record = {"config": asdict(config), "seed": seed, "public": fingerprint(public.images), "images": len(public)}
+    record["precision"] = asked_precision()
     run = _Training(public, config, seed, device)
     unfinished = Unfinished(checkpoint, "prior", record, every=every)
     if unfinished.tensors:

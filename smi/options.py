@@ -16,6 +16,7 @@ from smi.interrupts import Stopped, stoppable
 from smi.threads import limit_threads, usable_cores, use_threads
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+PRECISIONS = ["auto", "float32", "bfloat16", "float16"]  # smi.compute.PRECISIONS, without torch
 NOT_OURS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
 
 
@@ -64,7 +65,7 @@ def common(command: Command) -> Command:
     for option in (
         click.option("--threads", type=click.IntRange(1, 1024), help="Of the CPU.  [default: OMP_NUM_THREADS, where "
                      f"that is set; else 1 for a small model, {usable_cores()} for others, the cores usable here]"),
-        click.option("--precision", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto",
+        click.option("--precision", type=click.Choice(PRECISIONS), default="auto",
                      show_default=True, help="Number format of the models; auto: bfloat16 where it is quick. "
                      "float16 without loss scaling."),
         click.option("--device", type=click.Choice(["cpu", "cuda", "mps"]), default="cpu", show_default=True,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from smi.attacks import Attack, BadNets, plant
 from smi.checks import check_model
 from smi.classifiers import TrainConfig
-from smi.compute import versions
+from smi.compute import circumstances
 from smi.defenses import Defense, Erasure, Repair
 from smi.detection import detect
 from smi.domains.base import Domain, PublicImages, Samples, check_public
@@ -25,7 +25,6 @@ from smi.priors import Prior, check_prior, random_images
 from smi.seeding import derive, stream
 from smi.sources import pseudo_labelled
 from smi.stability import Selection, kernel_backend
-from smi.threads import threads_of
 
 PER_CLASS = 30
 STAGES = ("inversion", "removal")
@@ -141,10 +140,8 @@ class Demo:
             "stages": self.stages,
             "settings": self.settings,
             "findings": {row.source: findings(row.repair) for row in self.rows},
-            "versions": versions(),
-            "threads": threads_of(self.victim),
             "kernel_backend": kernel_backend(self.victim, self.samples.images, self.samples.labels),
-        }
+        } | circumstances(self.victim)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from smi.compute import predict, versions
+from smi.compute import circumstances, predict
 from smi.defenses.base import Evidence
 from smi.detection import Detection
 from smi.domains.base import Samples
@@ -107,10 +107,8 @@ class Removal:
             "verdict": removal_verdict(self),
             "stages": self.stages,
             "settings": self.settings,
-            "versions": versions(),
-            "threads": threads_of(self.suspect.model),
             "kernel_backend": kernel_backend(self.suspect.model, samples.images, samples.labels),
-        }
+        } | circumstances(self.suspect.model)
 
 
 def write_report(run: Demo | Removal, folder: str | Path, *, force: bool = False) -> list[Path]:
@@ -154,7 +152,7 @@ def demo_page(demo: Demo) -> str:
         pattern_section(smi.repair),
         curves_section(runs),
         time_section(demo.stages, threads_of(demo.victim)),
-        record_section(demo.settings, versions()),
+        record_section(demo.settings, circumstances(demo.victim)),
     )
 
 
@@ -171,7 +169,7 @@ def removal_page(removal: Removal) -> str:
         pattern_section(cleaned.repair),
         curves_section({cleaned.samples.source: cleaned.repair}),
         time_section(removal.stages, threads_of(removal.suspect.model), resumed=bool(removal.settings.get("resumed"))),
-        record_section(removal.settings, versions()),
+        record_section(removal.settings, circumstances(removal.suspect.model)),
     )
 
 

@@ -138,9 +138,9 @@ def time_section(stages: Mapping[str, float], threads: int, *, resumed: bool = F
     return section("Where the time went", picture(figures.stages(stages), alt, text + hatched))
 
 
-def record_section(settings: Mapping[str, Any], versions: Mapping[str, str]) -> str:
-    """Settings and versions, folded away."""
-    return section("Settings", details("Settings of this run", settings), details("Versions", versions))
+def record_section(settings: Mapping[str, Any], circumstances: Mapping[str, Any]) -> str:
+    """Settings, and where they ran, folded away."""
+    return section("Settings", details("Settings of this run", settings), details("Where it ran", circumstances))
 
 
 KINDS = {

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
@@ -10,10 +11,11 @@ import study_pieces
 import torch
 from click.testing import CliRunner
 from study_pieces import SMALL
-from tiny import noise
+from tiny import noise, tiny_model
 
 from smi.cli import cli
-from smi.domains import Domain, PrivateData, PrivateSet, PublicImages, public_classes
+from smi.compute import asked_precision
+from smi.domains import Domain, PrivateData, PrivateSet, PublicImages, load_domain, public_classes
 from smi.errors import InputError
 from smi.files import load_tensors
 from smi.study import Store, load_study, read_rows, run_study, stages, summarise
@@ -262,3 +264,45 @@ def test_the_quick_study_from_victims_to_table(tmp_path):
     # Ten images a class are few; what must hold is that a removal removes, and that one without samples is measured.
     assert all(row["asr"] < 0.5 for (_, source), row in done.items() if source == "clean")
     assert len(list((tmp_path / "cache" / "victims").iterdir())) == 1
+
+
+def test_a_precision_that_is_asked_for_makes_other_cells_and_is_recorded(small):
+    auto, low = load_study(small), load_study(small, precision="float32")
+    assert [cell.key for cell in load_study(small, precision="auto").cells] == [cell.key for cell in auto.cells]
+    for name in ("key", "victim_key", "samples_key"):
+        assert not {getattr(cell, name) for cell in auto.cells} & {getattr(cell, name) for cell in low.cells}
+    assert all("precision" not in cell.config for cell in auto.cells)
+    assert all(cell.config["precision"] == cell.place.precision == "float32" for cell in low.cells)
+    small.write_text('precision = "bfloat16"\n' + small.read_text())
+    assert {cell.place.precision for cell in load_study(small, precision="float32").cells} == {"bfloat16"}
+    small.write_text(small.read_text().replace("bfloat16", "int8"))
+    with pytest.raises(InputError, match=r"precision 'int8'.*Allowed: auto, bfloat16, float16, float32"):
+        load_study(small)
+
+
+def test_every_piece_is_made_in_the_precision_that_is_asked_for(small, store, monkeypatch):
+    cell = load_study(small, precision="float16").cells[0]
+    seen = []
+
+    class SeenError(Exception):
+        pass
+
+    def made(*args, **options):
+        seen.append(asked_precision())
+        raise SeenError
+
+    for name in ("plant", "make_samples", "fit_prior", "train_classifier"):
+        monkeypatch.setattr(stages, name, made)
+    monkeypatch.setattr(type(cell.defense), "repair", made)
+    monkeypatch.setattr(stages, "load_victim", lambda *args: (tiny_model(), cell.attack, None))
+    for piece in (
+        lambda: stages.make_victim(cell, store),
+        lambda: stages.make_cell_samples(cell, store, "victim", None),
+        lambda: stages.make_prior(replace(cell.place, prior="fit"), store),
+        lambda: stages.clean_classifier(cell, store, load_domain("digits")),
+        lambda: stages.run_cell(cell, store, "victim", ""),
+    ):
+        with pytest.raises(SeenError):
+            piece()
+    assert seen == ["float16"] * 5
+    assert asked_precision() == "auto"

@@ -48,7 +48,7 @@ class _Model:
     @property
     def key(self) -> str:
         """Names its file."""
-        which = {"place": asdict(self.cell.place), "clean": self.clean}
+        which = {"place": self.cell.place.config, "clean": self.clean}
         what: dict[str, Any] = which if self.clean else {"victim": self.cell.victim_key}
         per_class = self.cell.per_class
         return digest(what | {"seed": self.seed, "per_class": per_class, "detector": asdict(CONFIG)})

@@ -14,11 +14,13 @@ from typing import Any, TypeVar, cast
 
 from smi.attacks import Attack, attacks
 from smi.classifiers import TrainConfig
+from smi.compute import PRECISIONS
 from smi.defenses import Defense, defenses
 from smi.domains import check_source, public_classes
 from smi.errors import InputError, unknown_name
 from smi.sources import sources
 
+AUTO = "auto"  # the precision that is a machine's own
 NO_SAMPLES = "none"  # the source of a defense that needs none
 T = TypeVar("T")
 
@@ -29,19 +31,29 @@ class Place:
 
     domain, public: as `load_domain` takes them; None for the domain's own public images. prior: as `load_prior` takes
     it, or "fit" for one trained on the public images. train: of the classifiers. Paths stay as they are written, so
-    that a study names the same cells wherever it lies; relative ones start at the current folder.
+    that a study names the same cells wherever it lies; relative ones start at the current folder. precision: in which
+    models run, see `smi.compute.precision`.
     """
 
     domain: str
     public: str | None = None
     prior: str = "fit"
     train: TrainConfig = field(default_factory=TrainConfig)
+    precision: str = AUTO
 
     def __post_init__(self) -> None:
         for name, value in (("public", self.public), ("prior", self.prior)):
             if not (isinstance(value, str) or (value is None and name == "public")):
                 raise InputError(f"{name} of {self.domain!r} is {value!r}. Allowed: a name or a path, in quotes.")
         public_classes(self.public or "")
+        if self.precision not in PRECISIONS:
+            raise unknown_name("precision", self.precision, PRECISIONS)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Its settings as JSON; the precision where one was asked for."""
+        own = asdict(self)
+        return own if self.precision != AUTO else {k: v for k, v in own.items() if k != "precision"}
 
     def check_present(self) -> None:
         """Raises `InputError` for a name that does not exist or a file that is not there; nothing is read."""
@@ -79,9 +91,8 @@ class Cell:
 
     @property
     def _victim(self) -> dict[str, Any]:
-        place = asdict(self.place)
         attack = self.attack.settings() | {"name": self.attack_name}
-        return {**place, "attack": attack, "seed": self.seed}
+        return {**self.place.config, "attack": attack, "seed": self.seed}
 
     @property
     def key(self) -> str:
@@ -129,8 +140,16 @@ def _folder() -> Any:
     return resources.files("smi") / "studies"
 
 
-def load_study(name_or_path: str | Path) -> Study:
-    """The study of a shipped name, or of a TOML file. Raises `InputError` for anything in it that cannot be run."""
+def load_study(name_or_path: str | Path, *, precision: str = AUTO) -> Study:
+    """The study of a shipped name, or of a TOML file.
+
+    Args:
+        name_or_path: Which.
+        precision: In which models run, where the file does not say. The cells of another precision are other cells.
+
+    Raises:
+        InputError: For anything in it that cannot be run.
+    """
     path = Path(name_or_path)
     if path.suffix == ".toml":
         if not path.is_file():
@@ -145,10 +164,10 @@ def load_study(name_or_path: str | Path) -> Study:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"{name_or_path} is not TOML: {error}. See the shipped studies for examples.") from error
-    return Study(name, tuple(_cells(table, str(name_or_path))))
+    return Study(name, tuple(_cells({"precision": precision} | table, str(name_or_path))))
 
 
-_KEYS = {"seeds", "per_class", "attacks", "domain", "train", "attack", "defense", "grid"}
+_KEYS = {"seeds", "per_class", "attacks", "domain", "train", "attack", "defense", "grid", "precision"}
 
 
 def _cells(table: Mapping[str, Any], where: str) -> Iterator[Cell]:
@@ -159,7 +178,9 @@ def _cells(table: Mapping[str, Any], where: str) -> Iterator[Cell]:
             f"{where}: unknown keys {sorted(unknown)}, missing keys {sorted(missing)}. Allowed: {sorted(_KEYS)}."
         )
     train = _with(TrainConfig(), table.get("train", {}), f"{where}: train")
-    places = [_place(name, own, train, where) for name, own in table["domain"].items()]
+    places = [
+        _place(name, {"precision": table["precision"]} | own, train, where) for name, own in table["domain"].items()
+    ]
     chosen = [(n, _with(attacks[n](), table.get("attack", {}).get(n, {}), f"{where}: attack.{n}"))
               for n in table["attacks"]]  # fmt: skip
     seen = set()

@@ -19,7 +19,7 @@ from torch import nn
 
 from smi.attacks import Attack, plant
 from smi.classifiers import Classifier, build_classifier, train_classifier
-from smi.compute import versions
+from smi.compute import precision, versions
 from smi.domains import Domain, Samples, load_domain
 from smi.errors import InputError
 from smi.evaluation import Comparison, Evaluator, Measurement
@@ -27,7 +27,7 @@ from smi.files import fingerprint, load_tensors, save_tensors, write_atomic
 from smi.gan import PriorConfig, fit_prior
 from smi.priors import GAN, load_prior, save_prior
 from smi.sources import Given, make_samples
-from smi.study.spec import NO_SAMPLES, Cell, Place, digest
+from smi.study.spec import AUTO, NO_SAMPLES, Cell, Place, digest
 
 PRIOR_SEED = 0  # one prior for all cells of a place
 
@@ -80,14 +80,20 @@ def make_prior(place: Place, store: Store) -> str:
     if place.prior != "fit":
         return place.prior
     images, config = _domain(place.domain, place.public).public, PriorConfig()
-    made_from = {"public": fingerprint(images.images), "config": asdict(config), "seed": PRIOR_SEED}
+    made_from = {"public": fingerprint(images.images), "config": asdict(config), "seed": PRIOR_SEED} | _asked(place)
     file = store.kept("priors", digest(made_from))  # places with the same public images share it
     if not is_whole(file, "prior"):
         checkpoint = file.with_suffix(".checkpoint")
         is_whole(checkpoint, "unfinished prior")  # training goes on from it where it is whole
-        prior = fit_prior(images, config, seed=PRIOR_SEED, device=store.device, checkpoint=checkpoint)
+        with precision(place.precision):
+            prior = fit_prior(images, config, seed=PRIOR_SEED, device=store.device, checkpoint=checkpoint)
         save_prior(prior, file)
     return str(file)
+
+
+def _asked(place: Place) -> dict[str, str]:
+    """What a precision that was asked for adds to what a file is made from."""
+    return {} if place.precision == AUTO else {"precision": place.precision}
 
 
 def make_victim(cell: Cell, store: Store) -> str:
@@ -97,10 +103,12 @@ def make_victim(cell: Cell, store: Store) -> str:
         return str(file)
     start, domain = time.perf_counter(), _domain(cell.place.domain, cell.place.public)
     surrogate = clean_classifier(cell, store, domain) if cell.attack.needs_surrogate else None
-    model, attack = plant(
-        domain.private.train, cell.attack, cell.place.train, surrogate=surrogate, seed=cell.seed, device=store.device
-    )
-    before = Evaluator(domain.private.test, attack).measure(model)
+    with precision(cell.place.precision):
+        model, attack = plant(
+            domain.private.train, cell.attack, cell.place.train, surrogate=surrogate, seed=cell.seed,
+            device=store.device,
+        )  # fmt: skip
+        before = Evaluator(domain.private.test, attack).measure(model)
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     tensors |= {f"attack.{name}": value for name, value in (attack.fitted or {}).items()}
     meta = {
@@ -116,10 +124,12 @@ def clean_classifier(cell: Cell, store: Store, domain: Domain) -> nn.Module:
     """A classifier trained on the clean images, for attacks that are optimised against one; kept like a victim."""
     train = cell.place.train
     made_from = {"domain": cell.place.domain, "public": cell.place.public, "train": asdict(train), "seed": cell.seed}
+    made_from |= _asked(cell.place)
     file = store.kept("surrogates", digest(made_from))
     data = domain.private.train
     if not is_whole(file, "surrogate"):
-        made = train_classifier(data, train, seed=cell.seed, device=store.device)
+        with precision(cell.place.precision):
+            made = train_classifier(data, train, seed=cell.seed, device=store.device)
         save_tensors(file, made.state_dict(), {"kind": "surrogate"})
     model = build_classifier(train.arch, data.images.shape[1], data.num_classes)
     model.load_state_dict(load_tensors(file, "surrogate")[0])
@@ -151,7 +161,8 @@ def make_cell_samples(cell: Cell, store: Store, victim: str, prior: str | None) 
         per_class=cell.per_class, seed=cell.seed,
         private=domain.private.train if cell.source == "clean" else None,
     )  # fmt: skip
-    samples = make_samples(cell.source, given)
+    with precision(cell.place.precision):
+        samples = make_samples(cell.source, given)
     meta = {"kind": "samples", "num_classes": samples.num_classes, "seconds": round(time.perf_counter() - start, 3)}
     save_tensors(file, {"images": samples.images, "labels": samples.labels}, meta)
     return str(file)
@@ -174,9 +185,10 @@ def run_cell(cell: Cell, store: Store, victim: str, samples: str) -> str:
         tensors, meta = load_tensors(samples, "samples")
         given, made = Samples(tensors["images"], tensors["labels"], meta["num_classes"], cell.source), meta["seconds"]
     start = time.perf_counter()
-    repair = cell.defense.repair(model.to(store.device), given, domain.public, seed=cell.seed)
-    spent = time.perf_counter() - start
-    after = Evaluator(domain.private.test, attack).measure(repair.model)
+    with precision(cell.place.precision):
+        repair = cell.defense.repair(model.to(store.device), given, domain.public, seed=cell.seed)
+        spent = time.perf_counter() - start
+        after = Evaluator(domain.private.test, attack).measure(repair.model)
     result = Comparison(before, after)
     record = {
         "config": cell.config,
@@ -184,6 +196,8 @@ def run_cell(cell: Cell, store: Store, victim: str, samples: str) -> str:
         "before": asdict(before),
         "after": result.as_dict(),
         "seconds": {"samples": made, "repair": round(spent, 3)},
+        "precision": cell.place.precision,
+        "device": store.device,
         "versions": versions(store.device),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
