@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from small_runs import REMOVALS
 
 import smi.detection
 import smi.domains
@@ -183,6 +184,7 @@ def test_without_a_prior_one_is_trained_on_the_public_images(here, monkeypatch):
 )
 def test_a_removal_that_is_stopped_goes_on_to_the_same_weights(here, monkeypatch, options, stages):
     monkeypatch.setattr(smi.pipeline, "Stabilized", lambda: Stabilized(steps=2, pool=1))
+    monkeypatch.setattr(smi.pipeline, "Erasure", lambda: REMOVALS["erasure"])
     command = ["remove", "suspect.safetensors", "--prior", "prior.safetensors", "--per-class", 2, *options]
     assert smi_run(*command, "--out", "whole").exit_code == 0
     real, begun = smi.unfinished.Unfinished.save, []
