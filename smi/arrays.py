@@ -30,8 +30,12 @@ def save_samples(path: str | Path, samples: Samples) -> None:
 def load_images(path: str | Path) -> tuple[Tensor, Tensor | None]:
     """Images float32 ``[N, C, H, W]`` in [0, 1] and, where the file has them, labels int64 ``[N]``.
 
-    The file holds ``images`` as ``[N, H, W, C]`` or ``[N, H, W]``, uint8 or floats in [0, 1], and may hold whole
-    ``labels``. Raises `InputError`, naming the file, for anything else.
+    Args:
+        path: A file that holds ``images`` as ``[N, H, W, C]`` or ``[N, H, W]``, uint8 or floats in [0, 1], and may hold
+            whole ``labels``.
+
+    Raises:
+        InputError: For anything else. It names the file.
     """
     file = Path(path)
     images, labels = _read(file)

@@ -25,8 +25,16 @@ def random_affine(
 ) -> Tensor:
     """Rotate by up to ``degrees``, shift by up to ``shift`` pixels, zoom by up to ``zoom`` (0.1: 90 to 110 %), mirror.
 
-    images: ``[N, C, H, W]``; each image gets its own map. outside: what is there, "zeros" or "reflection", as in
-    `torch.nn.functional.grid_sample`. Bilinear, differentiable.
+    Bilinear, differentiable.
+
+    Args:
+        images: ``[N, C, H, W]``; each image gets its own map.
+        rng: Draws the maps; a CPU generator.
+        degrees: Largest rotation, to either side.
+        shift: Largest shift along each axis, in pixels.
+        zoom: Largest relative change of size.
+        flip: Whether half of the images are mirrored, left to right.
+        outside: What is there, "zeros" or "reflection", as in `torch.nn.functional.grid_sample`.
     """
     n, _, height, _ = images.shape
     u = (torch.rand(n, 5, generator=rng) * 2 - 1).to(images)
@@ -55,8 +63,15 @@ def random_crop_flip(images: Tensor, rng: torch.Generator, *, pad: int = 4, flip
 
 
 def gan_augment(images: Tensor, rng: torch.Generator, *, shift: int = 3, hole: int = 10) -> Tensor:
-    """What the critic sees of real and generated images alike: translation by up to ``shift`` pixels and, on half of
-    the images, a square hole of ``hole`` pixels. Differentiable in ``images``.
+    """What the critic sees of real and generated images alike: they are moved, and half of them get a hole.
+
+    Differentiable in ``images``.
+
+    Args:
+        images: ``[N, C, H, W]``.
+        rng: Draws shifts and holes; a CPU generator.
+        shift: Translation by up to as many pixels along each axis.
+        hole: Side of the square hole, in pixels.
     """
     n, channels, height, width = images.shape
     padded = F.pad(images, (shift,) * 4)
@@ -79,8 +94,14 @@ def vary(images: Tensor, rng: torch.Generator) -> Tensor:
     """Images as other people's scans or photographs of the same things, each with a map and a gamma of its own.
 
     Rotation up to 12°, shift up to 2 pixels, each side stretched by up to 20 %, a shear of up to 0.2, gamma from 0.5 to
-    2. images ``[N, C, H, W]`` in [0, 1], and so is the result. What distillation runs on, to cover more than the
-    samples show.
+    2. What distillation runs on, to cover more than the samples show.
+
+    Args:
+        images: ``[N, C, H, W]`` in [0, 1].
+        rng: Draws maps and gammas; a CPU generator.
+
+    Returns:
+        Images of the same shape, in [0, 1] too.
     """
     u = (torch.rand(len(images), 7, generator=rng) * 2 - 1).to(images)
     angle, shear = u[:, 0] * math.radians(12), u[:, 1] * 0.2

@@ -130,7 +130,11 @@ def resnet18(channels: int, num_classes: int) -> nn.Module:
 class Classifier(nn.Module):
     """A body behind per-channel normalisation: images in [0, 1] in, logits out.
 
-    body: any module from normalised images to logits. mean, std: per channel, in units of [0, 1] pixels.
+    Attributes:
+        body: Any module from normalised images to logits.
+        mean: Per channel, in units of [0, 1] pixels.
+        std: The same, above zero.
+        image_shape: ``(C, H, W)`` that it was trained on; None where that is not known.
 
     >>> import torch
     >>> body = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 10))
@@ -191,7 +195,13 @@ class TrainingSet(Protocol):
 class TrainConfig:
     """How a classifier is trained: SGD with Nesterov momentum under a one-cycle schedule, label smoothing off.
 
-    augment: "affine" (small rotation, shift, zoom: digits), "crop_flip" (natural images), "crop" or "none".
+    Attributes:
+        arch: A name in `architectures`.
+        epochs: Passes over the training set.
+        batch_size: Images a step, or a few more where they do not come out even.
+        lr: Largest learning rate of the schedule.
+        weight_decay: Of SGD.
+        augment: "affine" (small rotation, shift, zoom: digits), "crop_flip" (natural images), "crop" or "none".
     """
 
     arch: str = "small_cnn"
@@ -223,10 +233,18 @@ AUGMENTATIONS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
 def train_classifier(
     data: TrainingSet, config: TrainConfig = TrainConfig(), *, seed: int = 0, device: str | torch.device = "cpu"
 ) -> Classifier:
-    """Train a classifier on ``data`` (a `PrivateSet`, or what `smi.poison` returns). Returned in eval mode, on
-    ``device``.
+    """Train a classifier on ``data``.
 
     The attacker's side of the story: with poisoned data the result is a backdoored model.
+
+    Args:
+        data: A `PrivateSet`, or what `smi.poison` returns.
+        config: Default: `TrainConfig`.
+        seed: Of initial weights, order and augmentation.
+        device: Where it is trained.
+
+    Returns:
+        The classifier in eval mode, on ``device``.
     """
     model = build_classifier(config.arch, data.images.shape[1], data.num_classes, seed=seed).to(device)
     rng, augment = stream(seed, "train"), AUGMENTATIONS[config.augment]

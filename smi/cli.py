@@ -49,7 +49,7 @@ def main() -> None:
 def cli() -> None:
     """Remove a backdoor from an image classifier without clean data, by stabilized model inversion.
 
-    \b
+    \u0008
     Example:
       smi demo
     """
@@ -68,7 +68,7 @@ def demo(seed: int, out: Path | None, force: bool, device: str) -> None:
     Trains the victim, inverts it with the shipped prior, repairs it, and compares with the controls. Downloads
     nothing. Writes report.html, report.json and repaired.safetensors.
 
-    \b
+    \u0008
     Example:
       smi demo --seed 7 --out seven
     """
@@ -98,7 +98,7 @@ def lab(into: Path | None, port: int, browser: bool, options: tuple[str, ...]) -
     there already stay. Serves this machine only, with a token. Ctrl-C twice ends it. What stands after -- goes to
     JupyterLab.
 
-    \b
+    \u0008
     Examples:
       smi lab --into my-notebooks
       smi lab --no-browser -- --allow-root
@@ -148,10 +148,10 @@ def remove(
     which they move the features out of the last layer, and tunes the model to keep its answers under those and under
     random changes. Others are chosen by --defense.
 
-    \b
+    \u0008
     Examples:
       smi remove suspect.safetensors --prior digits --public digits --out repaired
-      smi remove suspect.pth --arch resnet18 --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225 \\
+      smi remove suspect.pth --arch resnet18 --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225 \u005c
         --public photographs/ --out repaired
     """
     import torch
@@ -225,7 +225,7 @@ def fit_prior_command(
 
     What is stopped goes on with --resume.
 
-    \b
+    \u0008
     Example:
       smi fit-prior digits --steps 4000 --out prior.safetensors
     """
@@ -262,7 +262,7 @@ def invert(
 
     Writes images (uint8, NHWC), labels and stability scores as .npz, and a picture of some of them beside it.
 
-    \b
+    \u0008
     Example:
       smi invert suspect.safetensors --prior digits --method smi --per-class 30 --out images.npz
     """
@@ -318,7 +318,7 @@ def score(
 
     The file holds images (NHWC, uint8 or floats in [0, 1]) and may hold labels; predictions stand in for missing ones.
 
-    \b
+    \u0008
     Example:
       smi score suspect.safetensors images.npz --k 16 --out scores.csv
     """
@@ -369,7 +369,7 @@ def evaluate(
 
     For attackers and evaluators: it needs labelled private images. Draws nothing at random.
 
-    \b
+    \u0008
     Example:
       smi evaluate digits-badnets out/repaired.safetensors --domain digits --attack badnets --target 0
     """
@@ -401,7 +401,13 @@ def evaluate(
 
 
 def _prior(name: str, channels: int, own: dict[str, Any] | None) -> GAN | GeneratorPrior:
-    """The prior, checked against the model's channels; ``own``: what is said of a generator of the user's."""
+    """The prior, checked against the model's channels.
+
+    Args:
+        name: Of a prior that ships, or a file.
+        channels: That the model takes, 1 or 3.
+        own: What is said of a generator of the user's, the keywords of `load_generator`; None for a prior of smi's.
+    """
     from smi.errors import InputError
     from smi.priors import load_generator, load_prior
 

@@ -44,9 +44,16 @@ _asked: ContextVar[str] = ContextVar("precision", default="auto")
 
 @contextmanager
 def precision(name: str) -> Iterator[None]:
-    """Inside the block models run in this number format: "auto" (bfloat16 where that is quick), "float32", "bfloat16"
-    or "float16" (without loss scaling: small gradients vanish). Weights, logits and losses are float32 whatever it is.
-    Raises `InputError` for another name.
+    """Inside the block models run in this number format.
+
+    Weights, logits and losses are float32 whatever it is.
+
+    Args:
+        name: "auto" (bfloat16 where that is quick), "float32", "bfloat16" or "float16" (without loss scaling: small
+            gradients vanish).
+
+    Raises:
+        InputError: For another name.
 
     >>> with precision("float32"):
     ...     asked_precision()

@@ -21,8 +21,13 @@ from smi.seeding import stream
 
 @dataclass(frozen=True)
 class Measurement:
-    """Rates in [0, 1]. acc: accuracy on clean images. asr: attack success, the share of stamped images whose label the
-    attack would change that get the attacker's label. ra: robust accuracy, the share of those that keep their own.
+    """Rates in [0, 1].
+
+    Attributes:
+        acc: Accuracy on clean images.
+        asr: Attack success, the share of stamped images whose label the attack would change that get the attacker's
+            label.
+        ra: Robust accuracy, the share of those that keep their own.
     """
 
     acc: float
@@ -32,8 +37,13 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A model before and after removal. der: defense effectiveness rate in [0, 1] (Zhu et al., 2023):
-    ``(max(0, ASR drop) − max(0, ACC drop) + 1) / 2``; 0.5 is no effect.
+    """A model before and after removal.
+
+    Attributes:
+        before: Rates before removal.
+        after: Rates after it.
+        der: Defense effectiveness rate in [0, 1] (Zhu et al., 2023):
+            ``(max(0, ASR drop) − max(0, ACC drop) + 1) / 2``; 0.5 is no effect.
     """
 
     before: Measurement
@@ -54,8 +64,10 @@ class Comparison:
 class Evaluator:
     """Measures models with clean test data and the trigger.
 
-    test: the private test set. attack: the trigger and its rule; images whose label the rule would not change (those
-    of the target class) are left out of ASR and RA.
+    Args:
+        test: The private test set.
+        attack: The trigger and its rule; images whose label the rule would not change (those of the target class) are
+            left out of ASR and RA.
 
     >>> import smi
     >>> data = smi.load_domain("digits").private.test

@@ -27,8 +27,10 @@ NAME_LENGTH = 12
 
 
 def label_text(name: str, length: int = NAME_LENGTH) -> str:
-    """A class name as a label: on one line, cut to ``length``, and with no dollar sign that matplotlib takes for
-    mathematics."""
+    """A class name as a label: on one line, and cut to ``length``.
+
+    It has no dollar sign that matplotlib takes for mathematics.
+    """
     line = " ".join(name.split())
     return (line if len(line) <= length else line[: length - 1] + "…").replace("$", r"\$")
 

@@ -50,7 +50,9 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 def remove_leftovers(folder: Path, *, older: float = 3600.0) -> None:
     """Remove what `write_atomic` was writing to ``folder`` and the folders in it when its process was killed.
 
-    older: in seconds; a younger file may be one that another process is writing now.
+    Args:
+        folder: Where files were written.
+        older: In seconds; a younger file may be one that another process is writing now.
     """
     for pattern in (LEFTOVERS, f"*/{LEFTOVERS}"):
         for file in folder.glob(pattern):
@@ -60,11 +62,16 @@ def remove_leftovers(folder: Path, *, older: float = 3600.0) -> None:
 
 
 def output_folder(path: str | Path, *, force: bool = False) -> Path:
-    """A folder that results may be written to: new, or empty. Raises `InputError` for anything else.
-
-    force: files of the same names may be replaced; others in the folder stay.
+    """A folder that results may be written to: new, or empty.
 
     The folder itself is not made here, so that a run that fails on bad input leaves nothing behind.
+
+    Args:
+        path: The folder.
+        force: Files of the same names may be replaced; others in the folder stay.
+
+    Raises:
+        InputError: For anything else.
     """
     folder = Path(path)
     if folder.is_dir() and any(folder.iterdir()) and not force:
@@ -91,9 +98,16 @@ def check_room(place: str | Path, room: int) -> None:
 def claimed(path: str | Path, *, folder: bool = False, force: bool = False, room: int = ROOM) -> Iterator[Path]:
     """``path`` for this process alone while it works; checked as `output_file` or `output_folder` do, before any work.
 
-    force: what is there may be replaced. room: bytes that must be free. A lock file lies beside ``path`` meanwhile; one
-    that a killed process left does not bar the way. Raises `InputError` where another process has claimed it, or where
-    nothing can be written.
+    A lock file lies beside ``path`` meanwhile; one that a killed process left does not bar the way.
+
+    Args:
+        path: Of the results.
+        folder: Whether that is a folder; else it is a file.
+        force: What is there may be replaced.
+        room: Bytes that must be free.
+
+    Raises:
+        InputError: Where another process has claimed it, or where nothing can be written.
     """
     check = output_folder if folder else output_file
     place = check(path, force=force)
@@ -131,8 +145,15 @@ def _lock(file: Path, place: Path) -> tuple[int, Path]:
 
 
 def output_file(path: str | Path, *, force: bool = False) -> Path:
-    """A file that may be created: it must not exist yet, but for ``force``, and its folder must. Raises `InputError`
-    otherwise."""
+    """A file that may be created: it must not exist yet, but for ``force``, and its folder must.
+
+    Args:
+        path: The file.
+        force: A file that is there may be replaced.
+
+    Raises:
+        InputError: Otherwise.
+    """
     file = Path(path)
     if file.exists() and not (force and file.is_file()):
         raise InputError(f"{file} exists. Choose another name, or replace it: --force.")
@@ -149,9 +170,17 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
 
 
 def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `save_tensors` wrote. ``kind`` ("prior", "classifier", ...) must match the metadata's.
+    """Read what `save_tensors` wrote.
 
-    Raises `InputError` for a missing, truncated, damaged or foreign file.
+    Args:
+        path: The file.
+        kind: "prior", "classifier", ...; must match the metadata's.
+
+    Returns:
+        The tensors by name, and the metadata.
+
+    Raises:
+        InputError: For a missing, truncated, damaged or foreign file.
     """
     file = Path(path)
     if not file.is_file():

@@ -34,8 +34,18 @@ from smi.unfinished import EVERY, Tensors, Unfinished, named, optimizer_state, p
 class PriorConfig:
     """How a prior is trained.
 
-    steps: generator steps. degrees, shift (pixels), zoom, flip: small random maps of the public images, which widen a
-    small public set; mirror only what stays itself when mirrored. ema: decay of the averaged generator.
+    The public images go through small random maps (``degrees``, ``shift``, ``zoom``, ``flip``), which widen a small
+    public set.
+
+    Attributes:
+        steps: Generator steps.
+        batch_size: Images a step, real ones and as many generated ones.
+        lr: Learning rate of generator and critic.
+        ema: Decay of the averaged generator.
+        degrees: Largest rotation, to either side.
+        shift: Largest shift, in pixels.
+        zoom: Largest relative change of size.
+        flip: Whether images are mirrored at random; mirror only what stays itself when mirrored.
     """
 
     steps: int = 4000
@@ -144,10 +154,22 @@ def fit_prior(
 ) -> GAN:
     """Train a generator and critic on public images.
 
-    public: 32×32, 1 or 3 channels. device: where it is trained; the prior is returned on the CPU, in eval mode.
-    checkpoint: a file for the state, written atomically every ``every`` seconds; where it exists already, training goes
-    on from it (same images, configuration and seed, or `InputError`) and ends with the same weights as an uninterrupted
-    run; Ctrl-C and SIGTERM end it after a last such writing.
+    Args:
+        public: 32×32, 1 or 3 channels.
+        config: Default: `PriorConfig`.
+        seed: Of everything random.
+        device: Where it is trained.
+        checkpoint: A file for the state, written atomically every ``every`` seconds. Where it exists already, training
+            goes on from it and ends with the same weights as an uninterrupted run. Ctrl-C and SIGTERM end it after a
+            last such writing.
+        every: Seconds between two writings.
+
+    Returns:
+        The prior on the CPU, in eval mode.
+
+    Raises:
+        InputError: Where the images do not fit, or the state is of other images, another configuration, precision or
+            seed.
 
     >>> import torch
     >>> public = PublicImages(torch.rand(64, 1, 32, 32))

@@ -13,7 +13,11 @@ STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal that ends the work. signal: its number; a shell expects 128 more as exit code."""
+    """A signal that ends the work.
+
+    Attributes:
+        signal: Its number; a shell expects 128 more as exit code.
+    """
 
     def __init__(self, number: int) -> None:
         super().__init__(number)

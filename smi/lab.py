@@ -16,8 +16,14 @@ OWN = Path("smi-notebooks")
 def notebooks_folder(into: Path | None = None) -> tuple[Path, list[Path]]:
     """The folder to work in, and the files that were copied there.
 
-    In a checkout it is the checkout's own ``notebooks``, unless ``into`` is given. From an installed package they are
-    copied to ``into`` (default ``smi-notebooks``). What is there already stays as it is: it may hold the reader's work.
+    In a checkout it is the checkout's own ``notebooks``, unless ``into`` is given. What is there already stays as it
+    is: it may hold the reader's work.
+
+    Args:
+        into: Folder that the notebooks are copied to. Default: from an installed package ``smi-notebooks``.
+
+    Raises:
+        InputError: Where it is a file.
     """
     checkout = Path(__file__).resolve().parents[1] / "notebooks"
     if (checkout / FIRST).exists() and into is None:

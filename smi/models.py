@@ -22,7 +22,14 @@ MAX_CLASSES = 100_000  # a file that claims more is not one of ours, and must no
 
 @dataclass(frozen=True)
 class Card:
-    """What a classifier's file says about it. record: how it was made; whoever wrote the file wrote that too."""
+    """What a classifier's file says about it.
+
+    Attributes:
+        arch: Its name in `architectures`.
+        channels: Of its images, 1 or 3.
+        num_classes: Number of classes.
+        record: How it was made; whoever wrote the file wrote that too.
+    """
 
     arch: str
     channels: int
@@ -48,9 +55,16 @@ def save_classifier(
 ) -> None:
     """Save a `Classifier` as safetensors, in float32, or in float16 with ``half`` (for small files that ship).
 
-    arch: the name in `architectures` that its body was built with. record: anything JSON can hold about how it was
-    made; ``"classes"``, a list of names, is used by reports. Raises `InputError` where the model is not of that
-    architecture or has weights that are not finite (in float16, with ``half``).
+    Args:
+        model: The classifier.
+        path: The file.
+        arch: The name in `architectures` that its body was built with.
+        record: Anything JSON can hold about how it was made; ``"classes"``, a list of names, is used by reports.
+        half: Whether the weights are saved in float16.
+
+    Raises:
+        InputError: Where the model is not of that architecture or has weights that are not finite (in float16, with
+            ``half``).
     """
     if not isinstance(model, Classifier):
         raise InputError(
@@ -66,10 +80,13 @@ def save_classifier(
 def load_classifier(name_or_path: str | Path) -> Classifier:
     """The classifier saved in a file, or a shipped one, in eval mode.
 
-    "digits-badnets" carries a backdoor; "digits-judge", trained on the same digits without one, is an evaluator's.
+    Args:
+        name_or_path: A file, or the name of a shipped one: "digits-badnets" carries a backdoor; "digits-judge", trained
+            on the same digits without one, is an evaluator's.
 
-    Raises `InputError` for a missing, truncated or foreign file, an unknown architecture, and weights that do not fit
-    it or are not finite.
+    Raises:
+        InputError: For a missing, truncated or foreign file, an unknown architecture, and weights that do not fit it or
+            are not finite.
 
     >>> import torch
     >>> load_classifier("digits-badnets")(torch.zeros(1, 1, 32, 32)).shape

@@ -27,8 +27,10 @@ class BadInput(click.ClickException):
 
 
 class Commands(click.Group):
-    """A group that turns `InputError` and a full or read-only disk into a message and exit code 2; Ctrl-C ends with
-    130, SIGTERM with 143."""
+    """A group that turns `InputError` and a full or read-only disk into a message and exit code 2.
+
+    Ctrl-C ends with 130, SIGTERM with 143.
+    """
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the chosen command."""

@@ -13,9 +13,17 @@ from smi.errors import InputError
 
 
 def own_function(spec: str) -> Callable[..., Any]:
-    """**Runs the file** and returns its function, which may be called with more keywords than it takes: it gets those
-    that it names. The file may import its neighbours. Raises `InputError` where there is no such file or function, or
-    where running it fails."""
+    """**Runs the file** and returns its function.
+
+    The function may be called with more keywords than it takes: it gets those that it names. The file may import its
+    neighbours.
+
+    Args:
+        spec: "FILE.py:function".
+
+    Raises:
+        InputError: Where there is no such file or function, or where running it fails.
+    """
     path, _, name = spec.rpartition(":")
     if not Path(path).is_file():
         raise InputError(f"There is no file {path}. A function of your own is FILE.py:function.")

@@ -72,7 +72,13 @@ def paragraph(text: str, style: str = "") -> str:
 def table(head: Sequence[str], rows: Sequence[Sequence[Cell]], caption: str, mark: int | None = None) -> str:
     """A table that scrolls sideways where it is too wide. The first cell of a row heads it.
 
-    A cell is text, or text and a smaller second line. mark: the row to stand out.
+    A cell is text, or text and a smaller second line.
+
+    Args:
+        head: Headings of the columns.
+        rows: Cells, a row each.
+        caption: What stands below.
+        mark: The row to stand out, from 0; None for no such row.
     """
     lines = []
     for index, (name, *cells) in enumerate(rows):
@@ -92,7 +98,13 @@ def _wraps(cell: Cell) -> bool:
 
 
 def picture(png: bytes, alt: str, caption: str) -> str:
-    """A figure. alt: what it shows, for who cannot see it. caption: how to read it."""
+    """A figure.
+
+    Args:
+        png: The image, as the content of a PNG file.
+        alt: What it shows, for who cannot see it.
+        caption: How to read it.
+    """
     data = base64.b64encode(png).decode()
     return (
         f'<figure>\n<img src="data:image/png;base64,{data}" alt="{escape(alt)}">\n'

@@ -58,12 +58,22 @@ def remove_backdoor(
 ) -> Cleaned:
     """Remove a backdoor from ``model`` without any clean data.
 
-    model: images ``[N, C, H, W]`` in [0, 1] to logits. prior: a generator of public images of that shape. public:
-    unlabelled public images, on which triggers are searched and the repaired model is held to the suspect's outputs;
-    where there are none, images that the prior makes of random latents stand in for them.
-    checkpoint: a folder for the state of the work, from which it goes on where it was stopped, to the same weights.
-    The rest defaults to the project's settings. The model passed in is left as it is. Raises `InputError` before any
-    work where the pieces do not fit together.
+    The model passed in is left as it is.
+
+    Args:
+        model: Images ``[N, C, H, W]`` in [0, 1] to logits.
+        prior: A generator of public images of that shape.
+        public: Unlabelled public images, on which triggers are searched and the repaired model is held to the suspect's
+            outputs; where there are none, images that the prior makes of random latents stand in for them.
+        inversion: How images are reconstructed. Default: `Stabilized`.
+        selection: Which reconstructions are kept. Default: `Selection`.
+        defense: How the model is repaired. Default: `Erasure`.
+        per_class: Reconstructions a class.
+        seed: Of everything random.
+        checkpoint: A folder for the state of the work, from which it goes on where it was stopped, to the same weights.
+
+    Raises:
+        InputError: Before any work where the pieces do not fit together.
 
     >>> import smi
     >>> suspect, prior = smi.load_classifier("digits-badnets"), smi.load_prior("digits")
@@ -89,8 +99,16 @@ def remove_backdoor(
 
 
 def held_out_samples(model: nn.Module, prior: Prior, *, seed: int = 0, checkpoint: str | Path | None = None) -> Samples:
-    """A few more reconstructions of every class of the suspect, for comparing it with a repaired model that never saw
-    them. Not chosen by stability. checkpoint: a file for the state of the work."""
+    """A few more reconstructions of every class of the suspect. Not chosen by stability.
+
+    They are for comparing it with a repaired model that never saw them.
+
+    Args:
+        model: The suspect.
+        prior: What it is inverted with.
+        seed: Of the run; they are drawn from a stream of their own.
+        checkpoint: A file for the state of the work.
+    """
     other = derive(seed, "held out")
     samples = invert(model, prior, Stabilized(), per_class=HELD_OUT, seed=other, checkpoint=checkpoint)
     return replace(samples, source="held out")
@@ -111,7 +129,16 @@ class Row:
 class Demo:
     """Everything a demo run found, for table, report and notebooks.
 
-    rows: in the order of the table, SMI under the source "smi". samples: SMI's. stages: seconds.
+    Attributes:
+        seed: Of the run.
+        domain: Where the images are from.
+        victim: The model with the backdoor.
+        attack: What planted it.
+        before: Rates of the victim.
+        samples: SMI's.
+        rows: In the order of the table, SMI under the source "smi".
+        stages: Seconds by stage.
+        settings: For the record.
     """
 
     seed: int
@@ -164,7 +191,13 @@ def run_demo(
     """Plant a backdoor, remove it without clean data, and compare with the controls.
 
     Attacker and evaluator use ``domain.private``; the defender is handed the victim, the prior and public images.
-    device: where the victim is attacked and repaired; it is trained on the CPU.
+
+    Args:
+        domain: Private images to attack and measure on, and public ones.
+        prior: A generator of public images of that shape.
+        config: Default: `DemoConfig`.
+        seed: Of everything random.
+        device: Where the victim is attacked and repaired; it is trained on the CPU.
     """
     clock = Clock()
     with clock("train"):

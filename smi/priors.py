@@ -33,7 +33,11 @@ MAX_LATENT_DIM = 4096  # a file that claims more is not one of ours, and must no
 class Prior(Protocol):
     """A generator over public images: what inversion needs and nothing more.
 
-    latent_dim: length d of a latent. image_shape: ``(C, H, W)``. Latents are typical under N(0, I).
+    Latents are typical under N(0, I).
+
+    Attributes:
+        latent_dim: Length d of a latent.
+        image_shape: ``(C, H, W)``.
     """
 
     latent_dim: int
@@ -72,8 +76,7 @@ def random_images(prior: Prior, n: int, rng: torch.Generator) -> Tensor:
 
 
 class Generator(nn.Module):
-    """Latent ``[N, d]`` to image ``[N, C, 32, 32]`` in [0, 1]: three doublings by nearest upsampling or transposed
-    convolution from 4×4."""
+    """Latent ``[N, d]`` to image ``[N, C, 32, 32]`` in [0, 1]: three doublings by transposed convolution from 4×4."""
 
     def __init__(
         self, channels: int, latent_dim: int = LATENT_DIM, widths: tuple[int, ...] = (128, 80, 48, 24)
@@ -145,10 +148,16 @@ def blank_gan(channels: int, latent_dim: int = LATENT_DIM, record: dict[str, Any
 class GeneratorPrior(nn.Module):
     """A user's own pre-trained generator as a `Prior`.
 
-    generator: latents ``[N, latent_dim]``, or ``[N, latent_dim, 1, 1]`` as in DCGAN, to images. output_range: the
-    values it puts out; they are mapped to [0, 1]. image_shape: ``(C, H, W)`` to which its images are brought, resized
-    and grey or in colour; default: as they are. Raises `InputError` where one trial batch does not come out as
-    ``[N, C, H, W]`` within that range; warns where it keeps to the upper half of it.
+    Attributes:
+        generator: Latents ``[N, latent_dim]``, or ``[N, latent_dim, 1, 1]`` as in DCGAN, to images.
+        latent_dim: Length of a latent.
+        output_range: The values it puts out; they are mapped to [0, 1].
+        image_shape: ``(C, H, W)`` to which its images are brought, resized and grey or in colour. Default: as they are.
+        record: The generator's type, for records.
+
+    Raises:
+        InputError: Where one trial batch does not come out as ``[N, C, H, W]`` within that range. There is a warning
+            where it keeps to the upper half of it.
 
     >>> dcgan = nn.Sequential(nn.ConvTranspose2d(100, 3, 32), nn.Tanh())
     >>> GeneratorPrior(dcgan, latent_dim=100).generate(torch.zeros(2, 100)).shape
@@ -239,9 +248,16 @@ def load_generator(
 ) -> GeneratorPrior:
     """A generator's weights from a file that nobody vouches for, as a prior; nothing in the file is run.
 
-    path: a state dict, as `smi.load_suspect` takes it. architecture: "FILE.py:function", a function of your own that
-    makes the module, which **runs that file**; it is called with ``latent_dim`` where it takes that. The rest is as for
-    `GeneratorPrior`. Raises `InputError` for what does not fit.
+    Args:
+        path: A state dict, as `smi.load_suspect` takes it.
+        architecture: "FILE.py:function", a function of your own that makes the module, which **runs that file**; it is
+            called with ``latent_dim`` where it takes that.
+        latent_dim: As for `GeneratorPrior`.
+        output_range: As for `GeneratorPrior`.
+        image_shape: As for `GeneratorPrior`.
+
+    Raises:
+        InputError: For what does not fit.
     """
     checkpoint = read_checkpoint(path)
     with torch.random.fork_rng(devices=[]):

@@ -20,9 +20,14 @@ def track(
 ) -> Iterator[T]:
     """Iterate and show how far it is: a bar in a terminal or notebook, elsewhere at most one line a minute on stderr.
 
-    what: the name of the bar. total: how many steps there are in all; by default as many as ``steps`` says it has.
-    before: how many of them were done earlier; the time that is left is told from the others. ``SMI_PROGRESS=0``
-    hides it.
+    ``SMI_PROGRESS=0`` hides it.
+
+    Args:
+        steps: What to iterate over.
+        what: The name of the bar.
+        total: How many steps there are in all; by default as many as ``steps`` says it has.
+        unit: What a step is called, in the plural.
+        before: How many of them were done earlier; the time that is left is told from the others.
     """
     total = total or length_hint(steps) or None
     if os.environ.get("SMI_PROGRESS") == "0":

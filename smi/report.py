@@ -54,9 +54,15 @@ from smi.threads import threads_of
 class Removal:
     """A removal from a user's own model, and what can be measured about it without clean data or the trigger.
 
-    suspect: the model before, and the layout to save the repaired one in. stages: seconds by stage. settings: for the
-    record. detection: whether the suspect shows a backdoor, where that was looked into beside the removal. held_out:
-    reconstructions that the removal did not use, to compare the models on; without any the removal's own serve.
+    Attributes:
+        suspect: The model before, and the layout to save the repaired one in.
+        cleaned: The repaired model, the reconstructions and the details.
+        seed: Of the run.
+        stages: Seconds by stage.
+        settings: For the record.
+        detection: Whether the suspect shows a backdoor, where that was looked into beside the removal.
+        held_out: Reconstructions that the removal did not use, to compare the models on; without any the removal's own
+            serve.
     """
 
     suspect: Suspect
@@ -114,10 +120,16 @@ class Removal:
 def write_report(run: Demo | Removal, folder: str | Path, *, force: bool = False) -> list[Path]:
     """Write ``report.html``, ``report.json`` and the repaired weights; returns their paths.
 
-    The weights go to ``repaired.safetensors``, a user's own model in the layout that it came in.
-
-    folder: new or empty, else `InputError`; with ``force`` files of these names are replaced. Everything is composed
+    The weights go to ``repaired.safetensors``, a user's own model in the layout that it came in. Everything is composed
     before the first file is written. The weights come first: a layout may be unable to hold them (float16, say).
+
+    Args:
+        run: What was found.
+        folder: New or empty.
+        force: Files of these names are replaced where it is not empty.
+
+    Raises:
+        InputError: For another folder.
     """
     html = demo_page(run) if isinstance(run, Demo) else removal_page(run)
     content = json.dumps(_finite(run.summary()), indent=2, default=str, allow_nan=False) + "\n"

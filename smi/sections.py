@@ -123,7 +123,13 @@ def curves_section(repairs: Mapping[str, Repair]) -> str:
 
 
 def time_section(stages: Mapping[str, float], threads: int, *, resumed: bool = False) -> str:
-    """Where the time went; ``resumed``: since the work was taken up again."""
+    """Where the time went.
+
+    Args:
+        stages: Seconds by stage.
+        threads: Of the CPU, that the model ran with.
+        resumed: The time is that since the work was taken up again.
+    """
     total, unit = sum(stages.values()), "thread" if threads == 1 else "threads"
     since = " since the work was resumed" if resumed else " in all"
     text = f"{total:.0f} seconds{since}, on {threads} {unit}."
@@ -183,7 +189,13 @@ def named(target: int, classes: Sequence[str]) -> str:
 
 
 def detection_section(found: Detection, classes: Sequence[str], evidence: Evidence | None = None) -> str:
-    """The smallest trigger to every class, and what is unusual; evidence: of a removal that searched again after it."""
+    """The smallest trigger to every class, and what is unusual.
+
+    Args:
+        found: What the search found.
+        classes: Names in the order of the labels.
+        evidence: Of a removal that searched again after it.
+    """
     scan, treated = found.scan, evidence.treated if evidence else []
     after = dict(zip(treated, evidence.excess_after(), strict=True)) if evidence else {}
     rows, order = [], scan.excess().amax(0).argsort(descending=True)[:MOST_CLASSES].tolist()
@@ -248,8 +260,11 @@ def _found_trigger(suspect: nn.Module, repair: Repair, label: int, samples: Samp
 def defender_section(same: Tensor, stability: tuple[Tensor, Tensor], samples: Samples, classes: Sequence[str]) -> str:
     """What can be known without clean data: agreement and stability, a row a class.
 
-    same: bool ``[N]``, whether both models agree on a sample. stability: scores ``[N]`` before and after. samples: what
-    they were measured on, the removal's own or "held out" from it.
+    Args:
+        same: Bool ``[N]``, whether both models agree on a sample.
+        stability: Scores ``[N]`` before and after.
+        samples: What they were measured on, the removal's own or "held out" from it.
+        classes: Names in the order of the labels.
     """
     head = ["Class", "Same label", "Stability, before → after"]
     rows: list[list[str]] = []

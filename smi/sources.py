@@ -27,9 +27,13 @@ from smi_kernels import Registry
 class Given:
     """What samples are made from.
 
-    model: the suspect, images in [0, 1] to logits. prior, public: the defender's; None for a prior will do where a
-    source needs none. per_class: images a class, or as many in all where labels come from the model. private: for the
-    control ``clean`` alone, from the evaluator.
+    Attributes:
+        model: The suspect, images in [0, 1] to logits.
+        prior: The defender's; None will do where a source needs none.
+        public: The defender's.
+        per_class: Images a class, or as many in all where labels come from the model.
+        seed: Of everything random.
+        private: For the control ``clean`` alone, from the evaluator.
     """
 
     model: nn.Module
@@ -52,7 +56,13 @@ class Given:
 
 @dataclass(frozen=True)
 class Source:
-    """A way to get samples. label: for tables. make: does it. needs_prior: whether it looks at the prior."""
+    """A way to get samples.
+
+    Attributes:
+        label: For tables.
+        make: Does it.
+        needs_prior: Whether it looks at the prior.
+    """
 
     label: str
     make: Callable[[Given], Samples]

@@ -22,9 +22,14 @@ from smi_kernels import stability_scores, which_backend
 class Selection:
     """How candidates are scored and kept.
 
-    oversample: candidates made per image kept. k, sigma_x, sigma_w, divergence: the stability score, see
-    `smi_kernels.stability_scores`. diversity: a candidate nearer to one that is kept than this quantile of the
-    class's pairwise feature distances is passed over while others are left; 0 keeps the most stable, however alike.
+    Attributes:
+        oversample: Candidates made per image kept.
+        k: Draws of noise of the stability score, see `smi_kernels.stability_scores`.
+        sigma_x: Its noise on pixels.
+        sigma_w: Its noise on weights, relative to them.
+        divergence: How it compares predictions.
+        diversity: A candidate nearer to one that is kept than this quantile of the class's pairwise feature distances
+            is passed over while others are left; 0 keeps the most stable, however alike.
     """
 
     oversample: int = 3
@@ -81,7 +86,20 @@ def select_stable(
 ) -> Samples:
     """Keep ``per_class`` candidates of every class, most stable first, subject to diversity.
 
-    Candidates that the model itself does not take for their class come last. Returns `Samples` with their scores.
+    Candidates that the model itself does not take for their class come last.
+
+    Args:
+        model: The suspect.
+        candidates: At least ``per_class`` of every class.
+        per_class: How many are kept.
+        selection: How they are scored and kept. Default: `Selection`.
+        seed: Of the noise.
+
+    Returns:
+        `Samples` with their scores.
+
+    Raises:
+        InputError: Where a class has too few candidates.
 
     >>> import smi
     >>> suspect, prior = smi.load_classifier("digits-badnets"), smi.load_prior("digits")

@@ -31,8 +31,11 @@ COUNTERS = "num_batches_tracked"  # of BatchNorm: not needed, and old checkpoint
 class Adapted(nn.Module):
     """A classifier behind what its images need: resizing, channels in the other order, grey as three channels.
 
-    size: (H, W) that ``classifier`` takes; images of another size are resized. bgr: it takes blue first. grey: it takes
-    grey images with their one channel three times.
+    Attributes:
+        classifier: What runs in the end.
+        size: (H, W) that ``classifier`` takes; images of another size are resized. None: they stay as they are.
+        bgr: It takes blue first.
+        grey: It takes grey images with their one channel three times.
     """
 
     def __init__(self, classifier: nn.Module, size: tuple[int, int] | None, *, bgr: bool, grey: bool) -> None:
@@ -58,8 +61,12 @@ class Adapted(nn.Module):
 class Suspect:
     """A loaded model, and how to save a repaired one.
 
-    model: images ``[N, C, H, W]`` in [0, 1] to logits, in eval mode. classes: names in the order of the labels. suffix:
-    of a file in the layout that it came in.
+    Attributes:
+        model: Images ``[N, C, H, W]`` in [0, 1] to logits, in eval mode.
+        arch: Name of the architecture, as `load_suspect` takes it.
+        channels: That the model takes, 1 or 3.
+        classes: Names in the order of the labels.
+        suffix: Of a file in the layout that it came in.
     """
 
     model: nn.Module
@@ -82,7 +89,10 @@ class Suspect:
     def write(self, repaired: nn.Module, path: str | Path, record: Mapping[str, Any]) -> None:
         """Save a repaired copy of ``model`` in the layout that it came in, atomically.
 
-        record: how it was repaired; kept where the layout has a place for it, which a stranger's has not.
+        Args:
+            repaired: The copy.
+            path: The file.
+            record: How it was repaired; kept where the layout has a place for it, which a stranger's has not.
         """
         self._write(repaired, Path(path), record)
 
@@ -100,16 +110,22 @@ def load_suspect(
 ) -> Suspect:
     """Load a classifier from a file that nobody vouches for; nothing in the file is run.
 
-    path: a file or a name that `smi.load_classifier` takes (everything else is then known), or a state dict in
-    safetensors or by ``torch.save``, at the top or under the usual keys, with any common prefix, or a ``torch.export``
-    program, of which the weights are read and the program is not. arch: one of this project's architectures or
-    torchvision's; "timm/NAME" (needs timm); "FILE.py:factory", which **runs that file**; the number of classes is read
-    off the weights. mean, std: of the normalisation that the model was trained behind, one value or one a channel, in
-    units of [0, 1] pixels; 0 and 1 where it saw pixels in [0, 1]. They have to be said: a wrong guess would look like
-    a bad model. classes: names. size: (H, W) to which images are resized. bgr: the model takes blue first. grey: it
-    takes grey images, as three equal channels.
+    Args:
+        path: A file or a name that `smi.load_classifier` takes (everything else is then known), or a state dict in
+            safetensors or by ``torch.save``, at the top or under the usual keys, with any common prefix, or a
+            ``torch.export`` program, of which the weights are read and the program is not.
+        arch: One of this project's architectures or torchvision's; "timm/NAME" (needs timm); "FILE.py:factory", which
+            **runs that file**. The number of classes is read off the weights.
+        mean: Of the normalisation that the model was trained behind, one value or one a channel, in units of [0, 1]
+            pixels; 0 where it saw pixels in [0, 1]. It has to be said: a wrong guess would look like a bad model.
+        std: The same; 1 where it saw pixels in [0, 1].
+        classes: Names. Default: the numbers, or what the file says.
+        size: (H, W) to which images are resized.
+        bgr: The model takes blue first.
+        grey: It takes grey images, as three equal channels.
 
-    Raises `InputError` for what does not fit.
+    Raises:
+        InputError: For what does not fit.
 
     >>> import os, tempfile
     >>> from smi.classifiers import small_cnn

@@ -29,7 +29,10 @@ VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # how users say it; torch re
 def usable_cores(root: Path = Path("/")) -> int:
     """Physical cores that this process may use: its affinity, less where a control group grants it less time.
 
-    root: where ``proc`` and ``sys`` are. A fraction of a core does not count: its thread would keep the others waiting.
+    A fraction of a core does not count: its thread would keep the others waiting.
+
+    Args:
+        root: Where ``proc`` and ``sys`` are.
     """
     try:
         usable = os.sched_getaffinity(0)
@@ -128,9 +131,12 @@ def suited(model: nn.Module) -> Iterator[None]:
 
 
 def use_threads(count: int) -> None:
-    """Run everything from here on with ``count`` threads, whatever is `suitable`. Raises `InputError` below 1.
+    """Run everything from here on with ``count`` threads, whatever is `suitable`.
 
     Like ``OMP_NUM_THREADS``, which it sets, too, so that processes started from here do alike.
+
+    Raises:
+        InputError: Below 1.
     """
     import torch
 
@@ -152,7 +158,10 @@ def limit_threads() -> None:
 def choose_threads(model: nn.Module | None = None) -> None:
     """Set as many threads as suit ``model`` for the rest of the process, and print how many.
 
-    model: None stands for a small one, like those of the notebooks. A number that the user has said stays.
+    A number that the user has said stays.
+
+    Args:
+        model: None stands for a small one, like those of the notebooks.
     """
     import torch
 

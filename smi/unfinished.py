@@ -38,9 +38,17 @@ class _Halt(BaseException):
 class Unfinished:
     """The state of a piece of long work.
 
-    file: where it is kept, or None to keep nothing. kind: of work, for messages. record: what tells this work from
-    others of its kind, as JSON can hold it. every: seconds between two writings. Raises `InputError` where the file is
-    broken or is of other work. tensors: what was left of the work; empty at its beginning.
+    Args:
+        file: Where it is kept, or None to keep nothing.
+        kind: Of work, for messages.
+        record: What tells this work from others of its kind, as JSON can hold it.
+        every: Seconds between two writings.
+
+    Attributes:
+        tensors: What was left of the work; empty at its beginning.
+
+    Raises:
+        InputError: Where the file is broken or is of other work.
     """
 
     def __init__(self, file: str | Path | None, kind: str, record: Mapping[str, Any], *, every: float = EVERY) -> None:
@@ -118,8 +126,15 @@ class Unfinished:
 def workplace(out: Path, *, resume: bool, force: bool = False) -> Iterator[Path]:
     """The folder ``OUT.unfinished`` for the states of the work that leads to ``out``; gone when the block ends well.
 
-    It is made with the first state that is written to it. Raises `InputError` where a stopped process left one and
-    neither ``resume`` (go on from it) nor ``force`` (begin again) is asked for.
+    It is made with the first state that is written to it.
+
+    Args:
+        out: Where the work leads, a file or a folder.
+        resume: Go on from what a stopped process left.
+        force: Begin again where a stopped process left something.
+
+    Raises:
+        InputError: Where a stopped process left one and neither ``resume`` nor ``force`` is asked for.
     """
     place = out.absolute()
     folder = place.with_name(f"{place.name}.unfinished")
