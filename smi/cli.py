@@ -49,7 +49,7 @@ def main() -> None:
 def cli() -> None:
     """Remove a backdoor from an image classifier without clean data, by stabilized model inversion.
 
-    \u0008
+    \b
     Example:
       smi demo
     """
@@ -68,7 +68,7 @@ def demo(seed: int, out: Path | None, force: bool, device: str) -> None:
     Trains the victim, inverts it with the shipped prior, repairs it, and compares with the controls. Downloads
     nothing. Writes report.html, report.json and repaired.safetensors.
 
-    \u0008
+    \b
     Example:
       smi demo --seed 7 --out seven
     """
@@ -98,7 +98,7 @@ def lab(into: Path | None, port: int, browser: bool, options: tuple[str, ...]) -
     there already stay. Serves this machine only, with a token. Ctrl-C twice ends it. What stands after -- goes to
     JupyterLab.
 
-    \u0008
+    \b
     Examples:
       smi lab --into my-notebooks
       smi lab --no-browser -- --allow-root
@@ -148,31 +148,24 @@ def remove(
     which they move the features out of the last layer, and tunes the model to keep its answers under those and under
     random changes. Others are chosen by --defense.
 
-    \u0008
+    \b
     Examples:
       smi remove suspect.safetensors --prior digits --public digits --out repaired
-      smi remove suspect.pth --arch resnet18 --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225 \u005c
+      smi remove suspect.pth --arch resnet18 --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225 \\
         --public photographs/ --out repaired
     """
     import torch
 
     from smi.checks import check_model
     from smi.defenses import defenses
-    from smi.errors import InputError
     from smi.files import ROOM, check_room, claimed
-    from smi.gan import PriorConfig, fit_prior
     from smi.pipeline import Clock, held_out_samples, remove_backdoor
     from smi.priors import GAN, SIZE, save_prior
     from smi.report import Removal, removal_verdict, write_report
     from smi.suspects import load_suspect
     from smi.unfinished import workplace
 
-    if prior_name is None and public_name is None:
-        raise InputError("Say --prior, --public or both: reconstructions need public images or a prior of them.")
-    if prior_name is not None and prior_steps is not None:
-        raise InputError("--prior-steps is for a prior that is trained here. Leave it out, or --prior.")
-    if prior_name is None and own is not None:
-        raise InputError("--generator needs --prior, the file with its weights.")
+    _check_prior(prior_name, public_name, prior_steps, own)
     defense = None if defense_name is None else defenses[defense_name]()
     with claimed(out, folder=True, force=force) as folder:
         suspect, clock = load_suspect(model, **form).to(device), Clock()
@@ -182,11 +175,10 @@ def remove(
         public = None if public_name is None else _public(public_name, shape, root, download)
         check_model(suspect.model, torch.zeros(1, *shape), len(suspect.classes))
         with workplace(folder, resume=resume, force=force) as work:
-            if prior is None and public is not None:
-                config = PriorConfig() if prior_steps is None else PriorConfig(steps=prior_steps)
+            if prior is None:
+                assert public is not None
                 with clock("prior"):
-                    prior = fit_prior(public, config, seed=seed, device=device, checkpoint=work / "prior.safetensors")
-            assert prior is not None
+                    prior = _fitted(public, prior_steps, seed, device, work)
             with clock("remove"):
                 cleaned = remove_backdoor(
                     suspect.model, prior, public, defense=defense, per_class=per_class, seed=seed, checkpoint=work
@@ -225,7 +217,7 @@ def fit_prior_command(
 
     What is stopped goes on with --resume.
 
-    \u0008
+    \b
     Example:
       smi fit-prior digits --steps 4000 --out prior.safetensors
     """
@@ -262,7 +254,7 @@ def invert(
 
     Writes images (uint8, NHWC), labels and stability scores as .npz, and a picture of some of them beside it.
 
-    \u0008
+    \b
     Example:
       smi invert suspect.safetensors --prior digits --method smi --per-class 30 --out images.npz
     """
@@ -318,7 +310,7 @@ def score(
 
     The file holds images (NHWC, uint8 or floats in [0, 1]) and may hold labels; predictions stand in for missing ones.
 
-    \u0008
+    \b
     Example:
       smi score suspect.safetensors images.npz --k 16 --out scores.csv
     """
@@ -369,7 +361,7 @@ def evaluate(
 
     For attackers and evaluators: it needs labelled private images. Draws nothing at random.
 
-    \u0008
+    \b
     Example:
       smi evaluate digits-badnets out/repaired.safetensors --domain digits --attack badnets --target 0
     """
@@ -398,6 +390,26 @@ def evaluate(
     if file is not None:
         write_atomic(file, json.dumps(rates, indent=2) + "\n")
         _wrote([file])
+
+
+def _check_prior(prior: str | None, public: str | None, steps: int | None, own: dict[str, Any] | None) -> None:
+    """Raise `InputError` where what is said of the prior of a removal is too little, or does not go together."""
+    from smi.errors import InputError
+
+    if prior is None and public is None:
+        raise InputError("Say --prior, --public or both: reconstructions need public images or a prior of them.")
+    if prior is not None and steps is not None:
+        raise InputError("--prior-steps is for a prior that is trained here. Leave it out, or --prior.")
+    if prior is None and own is not None:
+        raise InputError("--generator needs --prior, the file with its weights.")
+
+
+def _fitted(public: PublicImages, steps: int | None, seed: int, device: str, work: Path) -> GAN:
+    """A prior of the public images, which goes on from the folder ``work`` where it was stopped."""
+    from smi.gan import PriorConfig, fit_prior
+
+    config = PriorConfig() if steps is None else PriorConfig(steps=steps)
+    return fit_prior(public, config, seed=seed, device=device, checkpoint=work / "prior.safetensors")
 
 
 def _prior(name: str, channels: int, own: dict[str, Any] | None) -> GAN | GeneratorPrior:

@@ -34,7 +34,7 @@ class StudyCommands(click.Group):
 def study() -> None:
     """Run many removals and compare them. STUDY is a name that ships with smi (quick, digits) or a TOML file.
 
-    \u0008
+    \b
     Examples:
       smi study quick
       smi study status quick
@@ -111,7 +111,7 @@ def run(
     The workers of a cluster must see the same files under the same paths, and run one task at a time. A resource is
     a tag of your choice, of which every task takes one unit.
 
-    \u0008
+    \b
     Example:
       dask scheduler
       dask worker tcp://HOST:8786 --nthreads 1 --resources "GPU=1"

@@ -26,7 +26,7 @@ def build(folder: Path) -> None:
     """Write the pages to ``folder``."""
     import pdoc
 
-    pdoc.render.configure(docformat="restructuredtext", footer_text="smi", math=False)
+    pdoc.render.configure(docformat="google", footer_text="smi", math=False)
     with warnings.catch_warnings():
         # pdoc finds some modules by itself as well, and cannot resolve the inherited annotations of a dataclass.
         warnings.filterwarnings("ignore", "The module specification|Error parsing type annotation")
