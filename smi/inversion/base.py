@@ -155,58 +155,94 @@ def invert(
         raise InputError(f"method is a {type(method).__name__}. Allowed: an Inversion such as smi.Stabilized().")
     check_prior(prior)
     num_classes = check_model(model, torch.zeros(1, *prior.image_shape), classes)
-    suspect, device = frozen(model), device_of(model)
     if isinstance(prior, nn.Module):
-        prior = cast(Prior, frozen(prior).to(device))
+        prior = cast(Prior, frozen(prior).to(device_of(model)))
     count = per_class * (1 if selection is None else selection.oversample)
-    batches = _batches(num_classes, count, joint=method.joint)
     record = {"method": method.name} | asdict(method) | {"count": count, "seed": seed, "precision": asked_precision()}
     record |= {"selection": None if selection is None else asdict(selection)}
     if checkpoint is not None:
         record |= {"model": fingerprint_of(model), "prior": fingerprint_of(prior)}
     unfinished = Unfinished(checkpoint, "inversion", record, every=every)
-    images, labels = (_in_order(part(name, unfinished.tensors)) for name in ("images", "labels"))
-    search = part("search", unfinished.tensors)
-    done = int(unfinished.tensors.get("done", 0))  # candidates; of some only those that were chosen are left
+    batches = _batches(num_classes, count, joint=method.joint)
+    made = _Made(model, frozen(model), prior, method, selection, num_classes, seed, max(map(len, batches)))
+    made.take_up(unfinished.tensors)
+    left = _without(batches, made.done)
+    with fast(made.suspect) as run, unfinished.working() as after_step:
+        for batch in track(left, f"inversion ({method.name})", total=len(batches), before=len(batches) - len(left)):
+            made.add(batch, run, after_step)
+    unfinished.save(made.state())
+    samples = made.samples()
+    return samples if selection is None else select_stable(model, samples, per_class, selection, seed=seed)
 
-    chunk = Chunk(int(unfinished.tensors.get("chunk", max(map(len, batches)))))
 
-    def so_far() -> Tensors:
-        found = {f"images.{index}": one for index, one in enumerate(images)}
-        found |= {f"labels.{index}": one for index, one in enumerate(labels)}
-        return found | {"chunk": torch.tensor(chunk.size), "done": torch.tensor(done)}
+class _Made:
+    """What an inversion has made so far, and what is left of a search that was stopped.
 
-    def choose(candidates: Tensor, wanted: Tensor) -> Tensor:
-        assert selection is not None
-        given = Samples(candidates.cpu(), wanted.cpu(), num_classes, method.name)
-        kept = math.ceil(len(given) / selection.oversample)
-        return most_stable(model, given, kept, selection, wanted.unique().tolist(), seed=seed)[0].to(wanted.device)
+    Attributes:
+        done: Candidates whose search is over; of some only those that were chosen are left.
+    """
 
-    def search_for(wanted: Tensor) -> tuple[Tensor, Tensor, int]:
-        fits = bool(search) and int(search["candidates"]) == len(wanted)  # not after memory ran out in it
-        left = {name: value.clone() for name, value in search.items()} if fits else {}
-        task = Task(suspect, run, prior, wanted.to(device), stream(seed, f"invert/{len(images)}"), left=left)
-        task.choose = None if selection is None or method.joint else choose
+    def __init__(
+        self, model: nn.Module, suspect: nn.Module, prior: Prior, method: Inversion, selection: Selection | None,
+        classes: int, seed: int, together: int,
+    ) -> None:  # fmt: skip
+        self.suspect, self.done = suspect, 0
+        self._model, self._prior, self._method, self._selection = model, prior, method, selection
+        self._classes, self._seed, self._chunk = classes, seed, Chunk(together)
+        self._images: list[Tensor] = []
+        self._labels: list[Tensor] = []
+        self._search: Tensors = {}
+
+    def take_up(self, left: Tensors) -> None:
+        """Go on from what `state` gave; nothing where that is empty."""
+        self._images, self._labels = (_in_order(part(name, left)) for name in ("images", "labels"))
+        self._search = part("search", left)
+        self.done = int(left.get("done", 0))
+        self._chunk = Chunk(int(left.get("chunk", self._chunk.size)))
+
+    def state(self) -> Tensors:
+        """As tensors."""
+        found = {f"images.{index}": one for index, one in enumerate(self._images)}
+        found |= {f"labels.{index}": one for index, one in enumerate(self._labels)}
+        return found | {"chunk": torch.tensor(self._chunk.size), "done": torch.tensor(self.done)}
+
+    def add(self, batch: Tensor, run: Runner, after_step: AfterStep) -> None:
+        """Search images of these labels, in parts where memory does not suffice for all."""
+
+        def search(wanted: Tensor) -> tuple[Tensor, Tensor, int]:
+            return self._searched(wanted, run, after_step)
+
+        for found, called, count in halving(search, batch, self._chunk):
+            self._images.append(found)
+            self._labels.append(called)
+            self.done += count
+            self._search = {}
+            after_step(self.state)
+
+    def samples(self) -> Samples:
+        """Class by class."""
+        labels = torch.cat(self._labels)
+        order = labels.argsort(stable=True)
+        return Samples(torch.cat(self._images)[order], labels[order], self._classes, self._method.name)
+
+    def _searched(self, wanted: Tensor, run: Runner, after_step: AfterStep) -> tuple[Tensor, Tensor, int]:
+        """Images and labels, and the number of candidates that they are chosen of."""
+        fits = bool(self._search) and int(self._search["candidates"]) == len(wanted)  # not after memory ran out in it
+        left = {name: value.clone() for name, value in self._search.items()} if fits else {}
+        rng, labels = stream(self._seed, f"invert/{len(self._images)}"), wanted.to(device_of(self.suspect))
+        task = Task(self.suspect, run, self._prior, labels, rng, left=left)
+        task.choose = None if self._selection is None or self._method.joint else self._chosen
         candidates = {"candidates": torch.tensor(len(wanted))}
-        task.after_step = lambda state: after_step(lambda: so_far() | named("search", state() | candidates))
-        found = method.optimise(task)
+        task.after_step = lambda state: after_step(lambda: self.state() | named("search", state() | candidates))
+        found = self._method.optimise(task)
         return found, task.labels.cpu(), len(wanted)
 
-    left = _without(batches, done)
-    with fast(suspect) as run, unfinished.working() as after_step:
-        for batch in track(left, f"inversion ({method.name})", total=len(batches), before=len(batches) - len(left)):
-            for found, called, count in halving(search_for, batch, chunk):
-                images.append(found)
-                labels.append(called)
-                done += count
-                search = {}
-                after_step(so_far)
-    unfinished.save(so_far())
-    order = torch.cat(labels).argsort(stable=True)
-    samples = Samples(torch.cat(images)[order], torch.cat(labels)[order], num_classes, method.name)
-    if selection is None:
-        return samples
-    return select_stable(model, samples, per_class, selection, seed=seed)
+    def _chosen(self, candidates: Tensor, wanted: Tensor) -> Tensor:
+        """Positions of the most stable candidates of each class."""
+        assert self._selection is not None
+        given = Samples(candidates.cpu(), wanted.cpu(), self._classes, self._method.name)
+        kept, labels = math.ceil(len(given) / self._selection.oversample), wanted.unique().tolist()
+        return most_stable(self._model, given, kept, self._selection, labels, seed=self._seed)[0].to(wanted.device)
 
 
 def _in_order(parts: Tensors) -> list[Tensor]:
