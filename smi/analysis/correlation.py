@@ -34,9 +34,17 @@ def rank_correlation(
 ) -> Correlation:
     """Spearman's rank correlation of ``x`` and ``y`` ``[n]``, with a percentile bootstrap interval.
 
-    groups: what each pair belongs to (its victim). Whole groups are then drawn, since pairs of one victim are not
-    independent. within: rank inside each group first and centre the ranks there, so that differences between groups do
-    not count. Raises `InputError` for fewer than three pairs, values that are not finite, and constant ones.
+    Args:
+        x: One value of each pair.
+        y: The other.
+        groups: What each pair belongs to (its victim). Whole groups are then drawn, since pairs of one victim are not
+            independent. Without them pairs are drawn.
+        within: Rank inside each group first and centre the ranks there, so that differences between groups do not
+            count.
+        seed: Of the draws.
+
+    Raises:
+        InputError: For fewer than three pairs, values that are not finite, and constant ones.
     """
     a, b = (np.asarray(values, dtype=np.float64) for values in (x, y))
     if a.ndim != 1 or a.shape != b.shape or len(a) < 3 or not (np.isfinite(a).all() and np.isfinite(b).all()):

@@ -31,15 +31,28 @@ CONFIG = Detector()
 DETECTION_COLUMNS = (
     "domain", "attack", "seed", "asr", "excess_target", "excess_most", "most", "flagged"
 )  # fmt: skip
-"""attack: "none" for a clean model. asr: attack success of the victim. excess_target, excess_most: the largest excess
-in any family (`Scan.excess`) of the attacker's class (of the largest, where every class is a target) and of the class
-where it is largest, "most"; -1 there stands for "anywhere". flagged: "target" where the attacker's class is a sign,
-"other" where only others are, "no" where none is."""
+"""Columns of `detections`.
+
+Columns:
+    attack: "none" for a clean model.
+    asr: Attack success of the victim.
+    excess_target: The largest excess in any family (`Scan.excess`) of the attacker's class (of the largest, where every
+        class is a target).
+    excess_most: The same of the class where it is largest.
+    most: That class; -1 stands for "anywhere".
+    flagged: "target" where the attacker's class is a sign, "other" where only others are, "no" where none is.
+"""
 
 
 @dataclass(frozen=True)
 class _Model:
-    """One model of a study. seed: that it was trained with. clean: "" for the cell's victim, else which clean model."""
+    """One model of a study.
+
+    Attributes:
+        cell: One of the victim's, or one of the clean model's place.
+        seed: That it was trained with.
+        clean: "" for the cell's victim, else which clean model.
+    """
 
     cell: Cell
     seed: int

@@ -52,7 +52,10 @@ FLOOR = 1e-6  # losses below are drawn here: a logarithmic axis has no zero
 def similarity_and_outcome(rows: Sequence[Row], outcome: str = "der", defense: str = DEFENSE) -> Figure:
     """Perceptual similarity of the samples against the outcome of removal, a point a sample set.
 
-    rows: of `analyse`. outcome: "acc", "asr" or "der". defense: whose rows are drawn.
+    Args:
+        rows: Of `analyse`.
+        outcome: "acc", "asr" or "der".
+        defense: Whose rows are drawn.
     """
     return _scatters(rows, SIMILARITIES, outcome, defense)
 
@@ -88,12 +91,16 @@ def overview(rows: Sequence[Row], outcome: str = "der", defense: str = DEFENSE) 
 
 
 def path_figure(path: Path, scores: Tensor, labels: Tensor | None = None) -> Figure:
-    """The loss of the most and of the least stable tenth of the probes along a removal; score against worst loss; and
-    how far the weights went.
+    """A removal in three panels.
 
-    scores: stability ``[N]`` of the probes on the suspect model. labels: their classes ``[N]``, to tell whether score
-    and loss go together inside a class too, since a removal moves some classes more than others; the tenths are then
-    those of each class.
+    The loss of the most and of the least stable tenth of the probes along it; score against worst loss; and how far the
+    weights went.
+
+    Args:
+        path: Of `loss_along_path`.
+        scores: Stability ``[N]`` of the probes on the suspect model.
+        labels: Their classes ``[N]``, to tell whether score and loss go together inside a class too, since a removal
+            moves some classes more than others. The tenths are then those of each class.
     """
     if len(scores) != path.loss.shape[1]:
         raise InputError(
@@ -141,7 +148,11 @@ def theorem_figure(
 ) -> Figure:
     """Both sides of the inequality in the two-pixel world against the slack s, and μ against the number of dimensions.
 
-    world: the default one if None. centre: R. reach: r.
+    Args:
+        world: The default one if None.
+        centre: R.
+        reach: r.
+        dims: Numbers of dimensions for which μ is drawn.
     """
     world = world or TwoPixels()
     figure = Figure(figsize=(9.5, 3.9), layout="constrained")

@@ -25,9 +25,11 @@ LN2 = math.log(2)
 class Path:
     """What happened round by round; round 0 is before the first.
 
-    loss: cross-entropy of each probe to its label, float32 ``[rounds + 1, N]``. distance: ``‖θ'_l − θ_l‖ / ‖θ_l‖`` of
-    each tensor l against the suspect model ``[rounds + 1, L]`` (inf where a tensor of zeros has moved). names: of the
-    tensors.
+    Attributes:
+        loss: Cross-entropy of each probe to its label, float32 ``[rounds + 1, N]``.
+        distance: ``‖θ'_l − θ_l‖ / ‖θ_l‖`` of each tensor l against the suspect model ``[rounds + 1, L]`` (inf where a
+            tensor of zeros has moved).
+        names: Of the tensors.
     """
 
     loss: Tensor
@@ -60,9 +62,18 @@ def loss_along_path(
 ) -> Path:
     """Run ``defense`` on ``model`` and follow the probes on the way; the removal itself is not changed by that.
 
-    samples, public, seed: as for `Defense.repair`. probes: labelled images, whether the removal uses them or not. Of a
-    defense that trains more than once, the last training is followed. Raises `InputError` for one that does not
-    train in rounds (CLP, ANP, I-BAU, erasure).
+    Of a defense that trains more than once, the last training is followed.
+
+    Args:
+        model: As for `Defense.repair`.
+        defense: Whose rounds are followed.
+        samples: As for `Defense.repair`.
+        public: As for `Defense.repair`.
+        probes: Labelled images, whether the removal uses them or not.
+        seed: As for `Defense.repair`.
+
+    Raises:
+        InputError: For a defense that does not train in rounds (CLP, ANP, I-BAU, erasure).
     """
     check_model(model, probes.images, probes.num_classes)
     start = {name: value.detach().clone() for name, value in model.named_parameters()}

@@ -20,8 +20,12 @@ CLEAN, STAMPED = 0, 1
 class Detector:
     """Tells stamped images from clean ones.
 
-    model: images to logits ``[N, 2]``, stamped last. hits, false_alarms: the shares of held-out stamped and of held-out
-    clean images that it takes for stamped: what a share on other images must be read against.
+    A share on other images must be read against those on held-out ones.
+
+    Attributes:
+        model: Images to logits ``[N, 2]``, stamped last.
+        hits: Share of held-out stamped images that it takes for stamped.
+        false_alarms: Share of held-out clean images that it takes for stamped.
     """
 
     model: nn.Module
@@ -34,7 +38,12 @@ def train_detector(
 ) -> Detector:
     """A detector of ``attack``'s trigger, trained on every image of ``train`` twice: as it is, and stamped.
 
-    test: held-out images for the detector's own rates. config: as for a classifier.
+    Args:
+        train: Clean images.
+        test: Held-out images for the detector's own rates.
+        attack: Ready to stamp.
+        config: As for a classifier.
+        seed: Of the training.
     """
     images = torch.cat([train.images, attack.stamp(train.images)])
     labels = torch.tensor([CLEAN, STAMPED]).repeat_interleave(len(train))
@@ -54,9 +63,18 @@ def trigger_presence(detector: Detector, images: Tensor) -> float:
 def patch_residual(images: Tensor, attack: Attack, clean: Tensor) -> Tensor:
     """How far each image is from carrying a trigger that replaces pixels: ``‖stamp(x) − x‖`` over its mean on clean.
 
-    images ``[N, C, H, W]``; clean ``[M, C, H, W]``: real images without the trigger. Returns ``[N]``: 0 where the
-    trigger is there to the pixel, about 1 where there is no more of it than in clean images. Raises `InputError` for a
-    trigger that changes an image each time it is stamped: the change then says nothing about what was there before.
+    Args:
+        images: ``[N, C, H, W]``.
+        attack: Whose trigger it is.
+        clean: Real images without the trigger ``[M, C, H, W]``.
+
+    Returns:
+        One number an image ``[N]``, 0 where the trigger is there to the pixel, about 1 where there is no more of it
+        than in clean images.
+
+    Raises:
+        InputError: For a trigger that changes an image each time it is stamped: the change then says nothing about what
+            was there before.
     """
     once = attack.stamp(clean)
     if not torch.allclose(attack.stamp(once), once, atol=1e-6):

@@ -38,9 +38,15 @@ COLUMNS = (
     "domain", "architecture", "attack", "seed", "target", "source", "acc_before", "asr_before", "floor", "acc_after",
     "asr_after", "der", "signs", "found", "rounds", "left",
 )  # fmt: skip
-"""Rates in percent. target: the attacker's class, "all" for all-to-all, "" for a clean model. signs: classes that the
-report calls unusual, "anywhere" for the search to any class. found: classes that were treated. rounds: of tuning. left:
-of those found, what the report still calls unusual."""
+"""Columns of `check`, rates in percent.
+
+Columns:
+    target: The attacker's class, "all" for all-to-all, "" for a clean model.
+    signs: Classes that the report calls unusual, "anywhere" for the search to any class.
+    found: Classes that were treated.
+    rounds: Of tuning.
+    left: Of those found, what the report still calls unusual.
+"""
 
 Row = dict[str, str | int | float]
 

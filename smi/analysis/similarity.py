@@ -21,8 +21,10 @@ from smi.stability import features
 class Similarity:
     """How much samples are like real images.
 
-    frechet: `frechet_distance` of their features, 0 or more. nearest: `nearest_distance`, about 1 for real images.
-    accuracy: share of the samples that the judge takes for their label, in [0, 1].
+    Attributes:
+        frechet: `frechet_distance` of their features, 0 or more.
+        nearest: `nearest_distance`, about 1 for real images.
+        accuracy: Share of the samples that the judge takes for their label, in [0, 1].
     """
 
     frechet: float

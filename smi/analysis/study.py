@@ -41,11 +41,14 @@ MEASURED = (
 )  # fmt: skip
 """Columns that depend on the samples alone.
 
-frechet, nearest, judge_accuracy: see `Similarity`, against the private test set. score_*: medians of the stability
-score on the victim. presence: the share of the samples that the detector takes for stamped; _target: of those of the
-target class (of all, where every class is a target); _if_stamped: of all once they are stamped, which says whether the
-detector sees on such images at all. detector_*: its rates on the private test set. residual_target: median
-`patch_residual` of the target class, empty for triggers that replace no pixels.
+Columns:
+    frechet, nearest, judge_accuracy: See `Similarity`, against the private test set.
+    score_*: Medians of the stability score on the victim.
+    presence: Share of the samples that the detector takes for stamped.
+    presence_target: Of those of the target class (of all, where every class is a target).
+    presence_if_stamped: Of all once they are stamped, which says whether the detector sees on such images at all.
+    detector_*: Its rates on the private test set.
+    residual_target: Median `patch_residual` of the target class, empty for triggers that replace no pixels.
 """
 
 ANALYSIS_COLUMNS = (*COLUMNS, *MEASURED)

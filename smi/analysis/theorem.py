@@ -62,8 +62,13 @@ class Bound:
 def bound(*, public_mass: float, eta: float, slack: float, lipschitz: float, centre: float, dim: int) -> Bound:
     """The inequality of the theorem.
 
-    public_mass: ``P_pub[A_{r+2s}]`` in [0, 1]. eta: η, no less than the W₁ distance of generated and public images.
-    slack: s. lipschitz: Λ. centre: R. dim: of the latents.
+    Args:
+        public_mass: ``P_pub[A_{r+2s}]`` in [0, 1].
+        eta: η, no less than the W₁ distance of generated and public images.
+        slack: s.
+        lipschitz: Λ.
+        centre: R.
+        dim: Of the latents.
     """
     check_number("public_mass", public_mass, low=0, high=1)
     check_number("eta", eta, low=0)
@@ -74,8 +79,12 @@ def bound(*, public_mass: float, eta: float, slack: float, lipschitz: float, cen
 
 @dataclass(frozen=True)
 class Reach:
-    """How far the theorem reaches with ``dim`` latent dimensions: μ for latents of the usual norm √d, and the largest
-    η with which it could still rule anything out, were no public image near the trigger.
+    """How far the theorem reaches with some number of latent dimensions.
+
+    Attributes:
+        dim: That number, d.
+        mass: μ for latents of the usual norm √d.
+        eta: The largest η with which it could still rule anything out, were no public image near the trigger.
     """
 
     dim: int
@@ -143,7 +152,13 @@ class TwoPixels:
         return max(0.0, abs(self.trigger) - self.lipschitz * centre)
 
     def bound(self, *, centre: float, reach: float, slack: float) -> Bound:
-        """The theorem's inequality in this world. centre: R. reach: r. slack: s."""
+        """The theorem's inequality in this world.
+
+        Args:
+            centre: R.
+            reach: r.
+            slack: s.
+        """
         return bound(
             public_mass=self.public_mass(reach + 2 * slack), eta=self.eta, slack=slack, lipschitz=self.lipschitz,
             centre=centre, dim=self.dim,
@@ -175,10 +190,18 @@ class Check:
 def check_world(
     world: TwoPixels, *, centre: float, reach: float, slack: float, n: int = 100_000, seed: int = 0
 ) -> list[Check]:
-    """Each step of the theorem on ``n`` draws. centre: R. reach: r. slack: s.
+    """Each step of the theorem on ``n`` draws.
 
     Where a step's premise does not hold (no latent of the ball reaches A_r; the bound excludes nothing) its left side
     is 0, as it then claims nothing.
+
+    Args:
+        world: Where it is checked.
+        centre: R.
+        reach: r.
+        slack: s.
+        n: Latents, and public images, 100 or more.
+        seed: Of the draws.
     """
     check_number("n", n, low=100, integer=True)
     check_number("reach", reach, low=0)

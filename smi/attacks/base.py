@@ -26,7 +26,14 @@ MODES = ("all_to_one", "all_to_all")
 
 @dataclass(frozen=True, eq=False)
 class PoisonedSet:
-    """A training set with a backdoor in it. poisoned: bool ``[N]``, which images were changed."""
+    """A training set with a backdoor in it.
+
+    Attributes:
+        images: ``[N, C, H, W]`` in [0, 1], the poisoned ones among them.
+        labels: What they are trained to be ``[N]``.
+        poisoned: Which images were poisoned, bool ``[N]``.
+        num_classes: How many classes there are.
+    """
 
     images: Tensor
     labels: Tensor
@@ -41,8 +48,10 @@ class PoisonedSet:
 class Attack:
     """Base of every attack.
 
-    target: the class that stamped images are sent to (mode "all_to_one"). mode: "all_to_all" sends class y to
-    (y + 1) mod classes instead, and ignores ``target``. fitted: tensors that `fit` has optimised, by name; None before.
+    Attributes:
+        target: The class that stamped images are sent to (mode "all_to_one").
+        mode: "all_to_one", or "all_to_all", which sends class y to (y + 1) mod classes instead.
+        fitted: Tensors that `fit` has optimised, by name; None before.
     """
 
     target: int = 0
@@ -74,7 +83,10 @@ class Attack:
     def fit(self, data: PrivateSet, surrogate: nn.Module | None = None, *, seed: int = 0) -> Self:
         """The attack with what it optimises on the attacker's data; itself where there is nothing to optimise.
 
-        surrogate: a classifier trained on clean images, in eval mode, for attacks that need one.
+        Args:
+            data: Clean images and their labels.
+            surrogate: A classifier trained on clean images, in eval mode, for attacks that need one.
+            seed: Of the optimisation.
         """
         return self
 
@@ -127,7 +139,14 @@ def choose(eligible: Tensor, count: int, rng: torch.Generator) -> Tensor:
 def poison(data: PrivateSet, attack: Attack, *, rate: float | None = None, seed: int = 0) -> PoisonedSet:
     """``data`` with a backdoor in it: for most attacks, a share ``rate`` (0 to 1) of its images stamped and relabelled.
 
-    rate: by default the attack's own. Returns a new set; ``data`` is left as it is.
+    Args:
+        data: Left as it is.
+        attack: Fitted, where it optimises its trigger.
+        rate: By default the attack's own.
+        seed: Of the draws.
+
+    Returns:
+        A new set.
 
     >>> import smi
     >>> train = smi.load_domain("digits").private.train
@@ -156,8 +175,14 @@ def plant(
 ) -> tuple[nn.Module, Attack]:
     """A classifier with a backdoor, and the attack with what it optimised: all of the attacker's side in one call.
 
-    surrogate: a classifier trained on clean images, for attacks that need one; trained here where it is not given.
-    device: where classifiers are trained; the one that is returned is there.
+    Args:
+        data: Clean training images.
+        attack: Which backdoor.
+        config: Of the classifiers.
+        rate: Share of the images to poison, in [0, 1]; by default the attack's own.
+        surrogate: A classifier trained on clean images, for attacks that need one; trained here where it is not given.
+        seed: Of everything random.
+        device: Where classifiers are trained; the one that is returned is there.
     """
     if not isinstance(attack, Attack):
         raise InputError(f"plant takes an Attack, not {type(attack).__name__}. Try smi.attacks.BadNets(target=0).")

@@ -16,7 +16,10 @@ from smi.checks import check_number
 class Blended(Attack):
     """A fixed random picture k mixed into the whole image: ``x' = (1 − alpha) · x + alpha · k``.
 
-    cells: how many random blobs k has along each side (the more, the finer). pattern_seed: which picture.
+    Attributes:
+        alpha: Weight of the picture, in [0, 1].
+        cells: How many random blobs k has along each side (the more, the finer).
+        pattern_seed: Which picture.
     """
 
     alpha: float = 0.15

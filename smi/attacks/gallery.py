@@ -40,10 +40,15 @@ def draw_attacks(
 ) -> Figure:
     """For every attack an image, the same stamped, and the difference, magnified: purple is brighter, orange darker.
 
-    data: training images, for the attacks that are fitted. names: of registered attacks; None for all. index: of the
-    image in ``data``; None for the first that is not of the target class 0. surrogate: a classifier trained on clean
-    images; trained here where an attack needs one and it is None. Raises `InputError` for an unknown name, an index
-    that does not exist, or images on which a trigger does not fit.
+    Args:
+        data: Training images, for the attacks that are fitted.
+        names: Of registered attacks; None for all.
+        index: Of the image in ``data``; None for the first that is not of the target class 0.
+        surrogate: A classifier trained on clean images; trained here where an attack needs one and it is None.
+        seed: Of everything random.
+
+    Raises:
+        InputError: For an unknown name, an index that does not exist, or images on which a trigger does not fit.
     """
     chosen = {name: attacks[name]() for name in (attacks if names is None else names)}
     if not chosen:

@@ -29,10 +29,17 @@ class InputAware(Attack):
     ``x' = x(1 − m) + p·m`` with mask ``m = h(x)`` and pattern ``p = g(x)`` from two small generators. h is trained
     first, for masks that differ and cover little, and then frozen: ``‖x − y‖ / ‖h(x) − h(y)‖ + 100 · relu(mean h −
     density)``. g is trained with the classifier. Of every batch a share ``rate`` gets its own trigger and the target
-    label, a share ``cross_rate`` the trigger of another image and keeps its label; the loss is ``CE + diversity ·
-    ‖x − y‖ / ‖g(x) − g(y)‖``. `fitted` holds both generators' weights, as "mask.…" and "pattern.…".
+    label, a share ``cross_rate`` the trigger of another image and keeps its label; the loss is ``CE + diversity · ‖x −
+    y‖ / ‖g(x) − g(y)‖``.
 
-    width: channels of the generators. mask_steps: steps that h is trained for. lr: Adam's, of both.
+    Attributes:
+        cross_rate: Share of a batch, in [0, 0.5].
+        diversity: Weight in the loss.
+        density: Share of an image, in [0, 1], that masks may cover at no cost.
+        width: Channels of the generators.
+        mask_steps: Steps that h is trained for.
+        lr: Adam's, of g; of h it is a fifth.
+        fitted: Both generators' weights, as "mask.…" and "pattern.…".
     """
 
     cross_rate: float = 0.1
@@ -67,8 +74,15 @@ class InputAware(Attack):
     ) -> tuple[nn.Module, Self]:
         """A classifier, trained as `smi.train_classifier` does, and the attack with the generators trained with it.
 
-        The trigger goes on the augmented image. rate: the share of each batch that gets its own trigger; as in the
-        paper, images of the target class are among it.
+        The trigger goes on the augmented image.
+
+        Args:
+            data: Clean training images.
+            config: Of the classifier.
+            rate: Share of each batch that gets its own trigger. As in the paper, images of the target class are among
+                it.
+            seed: Of everything random.
+            device: Where the classifier and g are trained.
         """
         check_number("rate", rate, low=0, high=1 - self.cross_rate)
         self.relabel(data.labels, data.num_classes)  # a target that does not exist is told before any work
@@ -133,14 +147,14 @@ class InputAware(Attack):
         return mask.requires_grad_(False)
 
     def _generator(self, kind: str, images: Tensor, seed: int) -> Generator:
-        """h or g with first weights that depend on ``seed`` alone; torch's global generator is left as it is."""
+        """Generator h or g with first weights by ``seed`` alone; torch's global generator is left as it is."""
         channels = images.shape[1]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(seed, kind))
             return Generator(channels, 1 if kind == "mask" else channels, self.width, sharp=kind == "mask")
 
     def _rebuilt(self, kind: str, images: Tensor) -> Generator:
-        """h or g with the weights in `fitted`."""
+        """Generator h or g with the weights in `fitted`."""
         if self.fitted is None:
             raise InputError(
                 "InputAware trains its trigger together with the classifier. "
@@ -156,9 +170,15 @@ class InputAware(Attack):
 
 
 class Generator(nn.Module):
-    """A small encoder-decoder from images to images in [0, 1]; sharp: nearly 0 or 1.
+    """A small encoder-decoder from images to images in [0, 1].
 
     Normalised by group, so that an image's trigger does not depend on the batch it is in.
+
+    Args:
+        channels: Of the images it takes.
+        outputs: Channels of those it makes.
+        width: Channels of its first layer.
+        sharp: Whether its values are nearly 0 or 1.
     """
 
     def __init__(self, channels: int, outputs: int, width: int, *, sharp: bool) -> None:

@@ -1,5 +1,6 @@
-"""Invisible backdoor with L0 regularisation (Li et al., "Invisible Backdoor Attacks on Deep Neural Networks via
-Steganography and Regularization", 2019).
+"""Invisible backdoor with L0 regularisation (Li et al., 2019).
+
+The paper is "Invisible Backdoor Attacks on Deep Neural Networks via Steganography and Regularization".
 """
 
 from __future__ import annotations

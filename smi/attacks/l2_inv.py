@@ -1,5 +1,6 @@
-"""Invisible backdoor with L2 regularisation (Li et al., "Invisible Backdoor Attacks on Deep Neural Networks via
-Steganography and Regularization", 2019).
+"""Invisible backdoor with L2 regularisation (Li et al., 2019).
+
+The paper is "Invisible Backdoor Attacks on Deep Neural Networks via Steganography and Regularization".
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ class L2Inv(NeuronTrigger):
     """A faint additive δ ``[C, H, W]`` that drives neurons of the target class.
 
     ``min_δ Σ_j (A_j(x + δ) − c · A_j)²`` while ``‖δ‖₂`` shrinks to a bound: the paper's penalty ``λ‖δ‖₂``, run until
-    the norm reaches a threshold, as a constraint. rms: that bound is ``rms · √(C·H·W)``, rms in [0, 1] pixels.
+    the norm reaches a threshold, as a constraint.
+
+    Attributes:
+        rms: That bound is ``rms · √(C·H·W)``, rms in [0, 1] pixels.
     """
 
     rms: float = 0.08

@@ -72,7 +72,9 @@ class LabelConsistent(CleanLabel):
     def fit(self, data: PrivateSet, surrogate: nn.Module | None = None, *, seed: int = 0) -> Self:
         """The attack with the adversarial form of every image of the target class, before stamping.
 
-        ``fitted``: "positions" int64 ``[n]`` in ``data``, ascending, and "images" ``[n, C, H, W]``.
+        Returns:
+            The attack, whose ``fitted`` holds "positions" int64 ``[n]`` in ``data``, ascending, and "images"
+            ``[n, C, H, W]``.
         """
         if surrogate is None:
             raise InputError("LabelConsistent needs a surrogate: a classifier trained on clean images. Use smi.plant.")

@@ -27,7 +27,10 @@ TINY = 1e-12
 class Surrogate:
     """A frozen copy of ``model`` that tells its neurons along with its logits.
 
-    model: any module that ends in a linear layer. images: ``[N, C, H, W]``; the first 16 serve to find that layer.
+    Args:
+        model: Any module that ends in a linear layer.
+        images: ``[N, C, H, W]``; the first 16 serve to find that layer.
+        num_classes: How many logits the model has to give.
     """
 
     def __init__(self, model: nn.Module | None, images: Tensor, num_classes: int) -> None:
@@ -89,8 +92,16 @@ def descend(
 ) -> Tensor:
     """A tensor of the shape of ``start`` that makes ``loss(tensor, images)`` small: Adam on random batches of images.
 
-    project: called after each step with the tensor and the share of the steps done (0 to 1); what it returns replaces
-    the tensor.
+    Args:
+        start: Where it begins.
+        loss: Gives a scalar.
+        project: Called after each step with the tensor and the share of the steps done (0 to 1); what it returns
+            replaces the tensor.
+        images: ``[N, C, H, W]``.
+        steps: Of Adam.
+        lr: Its rate.
+        rng: Draws the batches.
+        batch_size: Images a step, at most.
     """
     value = start.clone().requires_grad_()
     optimizer = torch.optim.Adam([value], lr)
@@ -112,7 +123,11 @@ def into_ball(delta: Tensor, radius: float) -> Tensor:
 class AdditiveTrigger(Attack):
     """Base of attacks that add one δ ``[C, H, W]`` to every image: ``x' = clamp(x + δ, 0, 1)``.
 
-    steps: how many gradient steps `fit` takes. `fitted` holds ``{"delta": δ}``. A subclass defines `optimise`.
+    A subclass defines `optimise`.
+
+    Attributes:
+        steps: How many gradient steps `fit` takes.
+        fitted: ``{"delta": δ}``.
     """
 
     steps: int = 200
@@ -146,8 +161,9 @@ class AdditiveTrigger(Attack):
 class NeuronTrigger(AdditiveTrigger):
     """Base of the two triggers of Li et al. that drive neurons of the penultimate layer.
 
-    neurons: how many, those with the largest weights into the target's logit. amplify: the activation aimed at, in
-    units of each neuron's largest one on the images.
+    Attributes:
+        neurons: How many, those with the largest weights into the target's logit.
+        amplify: The activation aimed at, in units of each neuron's largest one on the images.
     """
 
     neurons: int = 8

@@ -21,8 +21,12 @@ from smi.errors import InputError
 class SIG(CleanLabel):
     """A sinusoid along the rows, ``x'(i, j) = x(i, j) + Δ · sin(2π j f / m)`` with m columns, clipped to [0, 1].
 
-    Clean-label: see `CleanLabel`. frequency: f, periods across the image. delta: Δ on training images, in pixels of
-    [0, 1]. delta_test: Δ at test time, larger: nobody looks through the images there, as in a training set.
+    Clean-label: see `CleanLabel`.
+
+    Attributes:
+        delta: Δ on training images, in pixels of [0, 1].
+        delta_test: Δ at test time, larger: nobody looks through the images there, as in a training set.
+        frequency: f, periods across the image.
     """
 
     delta: float = 0.2

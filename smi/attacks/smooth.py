@@ -21,7 +21,11 @@ class Smooth(AdditiveTrigger):
 
     ``min_δ E_x CE(f(x + δ), target)`` with ``δ = lowpass(δ)`` and ``‖δ‖₂ ≤ rms · √(C·H·W)``; other triggers show up as
     high frequencies in an image's spectrum, this one does not. The filter is ideal rather than Gaussian, so that using
-    it after every step projects δ and does not fade it. cutoff: in cycles over the shorter side of the image.
+    it after every step projects δ and does not fade it.
+
+    Attributes:
+        cutoff: In cycles over the shorter side of the image.
+        rms: Largest root mean square of δ, in [0, 1] pixels.
     """
 
     cutoff: float = 4.0

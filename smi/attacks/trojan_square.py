@@ -20,8 +20,13 @@ class TrojanSquare(Attack):
     """A textured square t near the lower right corner: ``x' = x + m · opacity · (t − x)``, m its mask.
 
     The paper finds t by exciting chosen neurons of a given model; here it is a fixed random texture of many values
-    (coloured on colour images), the form in which the square is used on data sets. size: of the square in pixels.
-    margin: its distance from the corner. opacity: 1 replaces what is under it. pattern_seed: which texture.
+    (coloured on colour images), the form in which the square is used on data sets.
+
+    Attributes:
+        size: Of the square in pixels.
+        margin: Its distance from the corner in pixels.
+        opacity: In [0, 1]; 1 replaces what is under it.
+        pattern_seed: Which texture.
     """
 
     size: int = 6

@@ -27,7 +27,10 @@ class TrojanWatermark(Attack):
     with the largest sum of absolute weights, of those that the watermark reaches. The paper sums the weights from the
     layer before; behind a BatchNorm these have no scale, so it is the weights into the logits here.
 
-    size: diameter of the ring as a share of the shorter side. opacity: a. steps: gradient steps that `fit` takes.
+    Attributes:
+        size: Diameter of the ring as a share of the shorter side.
+        opacity: a.
+        steps: Gradient steps that `fit` takes.
     """
 
     size: float = 0.8
@@ -88,7 +91,9 @@ class TrojanWatermark(Attack):
 def watermark(images: Tensor, size: float) -> Tensor:
     """The shape for images ``[N, C, H, W]``: ``[H, W]`` in [0, 1] with soft edges, a ring with a diagonal cross in it.
 
-    size: the ring's diameter as a share of the shorter side.
+    Args:
+        images: Whose height and width it has.
+        size: The ring's diameter as a share of the shorter side.
     """
     height, width = images.shape[2:]
     y = torch.arange(height).to(images)[:, None] - (height - 1) / 2

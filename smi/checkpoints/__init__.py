@@ -22,10 +22,13 @@ KNOWN = {b"\x89HDF": "HDF5 (Keras)", b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\x9
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Read the weights of ``path`` without running anything in it. Raises `InputError`, with what was wrong.
+    """Read the weights of ``path`` without running anything in it.
 
     A pickle that asks for anything but tensors and containers is refused, and told what it asked for; so are whole
     pickled modules and TorchScript, which are code.
+
+    Raises:
+        InputError: With what was wrong.
     """
     file = Path(path)
     if not file.is_file():

@@ -15,7 +15,8 @@ from smi.errors import InputError
 def opened(file: Path) -> Iterator[zipfile.ZipFile]:
     """The archive, for reading members into memory. Nothing is unpacked to disk.
 
-    Raises `InputError` for a broken archive, paths that lead out of it, and members that unpack to more than the file.
+    Raises:
+        InputError: For a broken archive, paths that lead out of it, and members that unpack to more than the file.
     """
     try:
         with zipfile.ZipFile(file) as archive:

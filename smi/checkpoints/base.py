@@ -21,7 +21,10 @@ MOST_SHARED = 4  # tied weights count twice in a state dict; one number that a v
 class Checkpoint:
     """The weights of a file.
 
-    tensors: the file's names to tensors, on the CPU, as stored. pack: such tensors to the bytes of a file like this.
+    Attributes:
+        file: Where they were read from.
+        tensors: The file's names to tensors, on the CPU, as stored.
+        pack: Such tensors to the bytes of a file like this.
     """
 
     file: Path
@@ -41,8 +44,12 @@ class Checkpoint:
     def write(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         """The same file with other weights: same names, same types, same things beside them. Atomic.
 
-        tensors: what to put in the place of those of the same name; the others stay. Raises `InputError` where a
-        type, float16 say, cannot hold a value.
+        Args:
+            path: Where it is written.
+            tensors: What to put in the place of those of the same name; the others stay.
+
+        Raises:
+            InputError: Where there is no such name, or a type, float16 say, cannot hold a value.
         """
         if more := sorted(tensors.keys() - self.tensors.keys()):
             raise InputError(f"{self.file} has no {more[0]!r} that weights could be put in.")

@@ -22,7 +22,12 @@ HARMLESS = ("torch._utils._rebuild_", "collections.OrderedDict")
 
 
 def read_pickled(file: Path, raw: bytes) -> Checkpoint:
-    """The weights of a checkpoint. raw: its pickle, to say what it asks for where torch refuses it."""
+    """The weights of a checkpoint.
+
+    Args:
+        file: The checkpoint.
+        raw: Its pickle, to say what it asks for where torch refuses it.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

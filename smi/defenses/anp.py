@@ -36,13 +36,20 @@ Masks = dict[str, Tensor]
 class ANP(Defense):
     """Adversarial neuron pruning: BatchNorm channels are pruned, no weight is trained.
 
-    epsilon: ε, relative to weight and bias. alpha: α in [0, 1]. steps: signed ascent steps for δ and ξ, from noise. The
-    paper picks the threshold by test accuracy. Here it is the largest at which the pruned model agrees with the suspect
-    model on all but a share ``tolerance`` of the samples held out of the optimisation; held_out: their share in (0, 1).
-    schedule: as in the paper, masks are found by SGD with momentum 0.9 at the constant rate ``lr``; weight decay is not
-    applied. The authors take 2,000 steps of 128 cropped and mirrored images; here it is 200 passes over the samples as
-    they are, 400 steps where there are 300. While masks are found, every BatchNorm normalises by the batch, as in the
-    authors' code: that takes a perturbation out again downstream, without which the paper's ε wrecks a small model.
+    The paper picks the threshold by test accuracy. Here it is the largest at which the pruned model agrees with the
+    suspect model on all but a share ``tolerance`` of the samples held out of the optimisation. The authors take 2,000
+    steps of 128 cropped and mirrored images; here it is 200 passes over the samples as they are, 400 steps where there
+    are 300. While masks are found, every BatchNorm normalises by the batch, as in the authors' code: that takes a
+    perturbation out again downstream, without which the paper's ε wrecks a small model.
+
+    Attributes:
+        schedule: As in the paper, masks are found by SGD with momentum 0.9 at the constant rate ``lr``. Weight decay is
+            not applied.
+        epsilon: ε, relative to weight and bias.
+        alpha: α in [0, 1].
+        steps: Signed ascent steps for δ and ξ, from noise.
+        tolerance: Share of the held-out samples, in [0, 1], on which the two may disagree.
+        held_out: Share of the samples, in (0, 1), that is held out.
     """
 
     schedule: Schedule = field(default_factory=lambda: Schedule(rounds=200, lr=0.2, weight_decay=0.0))

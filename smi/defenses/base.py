@@ -49,9 +49,14 @@ class Evidence:
 class Repair:
     """The outcome of a removal.
 
-    model: the repaired model, in eval mode. defense, source: names for tables. settings: what the defense ran with,
-    what it chose itself included. log: curves and findings by name. delta: universal δ's found on the suspect model
-    ``[T, C, H, W]``, where the defense looks for them. evidence: of an `Erasure`, what it saw.
+    Attributes:
+        model: The repaired model, in eval mode.
+        defense: Name of the defense, for tables.
+        source: Name of the samples' source, for tables.
+        settings: What the defense ran with, what it chose itself included.
+        log: Curves and findings by name.
+        delta: Universal δ's found on the suspect model ``[T, C, H, W]``, where the defense looks for them.
+        evidence: Of an `Erasure`, what it saw.
     """
 
     model: nn.Module
@@ -68,7 +73,12 @@ class Repair:
 
 @dataclass(frozen=True, kw_only=True)
 class Defense:
-    """Base of every defense. needs_samples: whether it looks at samples at all; `repair` hands None on where not."""
+    """Base of every defense.
+
+    Attributes:
+        name: For tables and records.
+        needs_samples: Whether it needs samples; where not, `repair` takes None, too.
+    """
 
     name = "defense"
     needs_samples: ClassVar[bool] = True
@@ -119,7 +129,9 @@ class Defense:
     def check_fits(self, model: nn.Module, images: Tensor) -> None:
         """Raise `InputError` where the defense cannot work on ``model``; asked before samples are made, too.
 
-        images: one or more ``[N, C, H, W]`` that the model takes.
+        Args:
+            model: The suspect.
+            images: One or more ``[N, C, H, W]`` that the model takes.
         """
 
     def _repair(self, model: nn.Module, samples: Samples, public: PublicImages | None, job: Job) -> Repair:

@@ -26,9 +26,12 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution and the BatchNorm that its output goes to (None where there is none), by their names in the model.
+    """A convolution and the BatchNorm that its output goes to, by their names in the model.
 
-    channels: how many it puts out.
+    Attributes:
+        conv: The convolution.
+        norm: The BatchNorm; None where there is none.
+        channels: How many the convolution puts out.
     """
 
     conv: str
@@ -44,9 +47,14 @@ class Layer:
 def conv_layers(model: nn.Module, images: Tensor | None = None) -> list[Layer]:
     """The convolutions of ``model``, each with its BatchNorm.
 
-    images: ``[N, C, H, W]`` in [0, 1]; one of them is run, which shows in what order the convolutions are used and
-    which BatchNorm is fed with which. Without images both are read from the order in which the modules were registered.
-    Raises `InputError` where there is no convolution.
+    Args:
+        model: Images to logits.
+        images: ``[N, C, H, W]`` in [0, 1]; one of them is run, which shows in what order the convolutions are used and
+            which BatchNorm is fed with which. Without images both are read from the order in which the modules were
+            registered.
+
+    Raises:
+        InputError: Where there is no convolution.
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"The model is a {type(model).__name__}. Allowed: a torch.nn.Module from images to logits.")

@@ -27,9 +27,12 @@ from smi.job import Job
 class CLP(Defense):
     """Channel Lipschitz pruning: needs no samples and trains nothing.
 
-    u: deviations above a layer's mean from which a channel is pruned. One of n values is never more than
-    ``(n − 1) / √n`` deviations above their mean, so that with u = 3 layers of ten channels and fewer are left as they
-    are. Samples, if given, only serve to run the model once, to see which BatchNorm belongs to which convolution.
+    Samples, if given, only serve to run the model once, to see which BatchNorm belongs to which convolution.
+
+    Attributes:
+        u: Deviations above a layer's mean from which a channel is pruned. One of n values is never more than
+            ``(n − 1) / √n`` deviations above their mean, so that with u = 3 layers of ten channels and fewer are left
+            as they are.
     """
 
     u: float = 3.0

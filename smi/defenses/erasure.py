@@ -120,8 +120,11 @@ class Erasure(Defense):
         return self.detection
 
     def _treated(self, model: nn.Module, natural: Samples, spread: Tensor, detection: Detection) -> list[int]:
-        """The classes asked for; else the signs, and of the classes that are less, the most unusual first, those that
-        cost nothing: natural images keep their class without all their directions."""
+        """The classes asked for; else the signs, and of the classes that are less those that cost nothing.
+
+        To erase a class costs nothing where natural images keep their class without the directions of all of them. The
+        most unusual class is tried first.
+        """
         if self.targets is not None:
             return sorted(set(self.targets))
         scan, free = detection.scan, list[int]()
@@ -150,9 +153,11 @@ class Erasure(Defense):
         return [label for label, value in pairs if value > detection.limit_of(label)]
 
     def _kinds(self, scan: Scan, found: list[Found]) -> list[Found]:
-        """Those of the triggers by whose family their class is reached the most easily, and the second most where that
-        is easier than usual, too. Each direction that is erased costs accuracy. To `ANYWHERE` the first alone: it has a
-        direction a class.
+        """Those of the triggers whose directions are erased.
+
+        That is those by whose family their class is reached the most easily, and the second most where that is easier
+        than usual, too. Each direction that is erased costs accuracy. To `ANYWHERE` the first alone: it has a direction
+        a class.
         """
         excess = dict(zip(scan.classes, scan.excess().T, strict=True))
         taken = {}

@@ -1,5 +1,6 @@
-"""Fine-Pruning (Liu, Dolan-Gavitt, Garg, "Fine-Pruning: Defending Against Backdooring Attacks on Deep Neural
-Networks", RAID 2018).
+"""Fine-Pruning (Liu, Dolan-Gavitt, Garg, RAID 2018).
+
+The paper is "Fine-Pruning: Defending Against Backdooring Attacks on Deep Neural Networks".
 
 A backdoor lives in channels that clean images leave dormant. With ``a_c = E_x mean_{h,w} max(0, F_c(x))`` of the last
 convolution, channels are pruned in the order of rising ``a_c``, and the rest is fine-tuned on the samples.
@@ -30,8 +31,12 @@ class FinePrune(Defense):
 
     The paper prunes until clean accuracy falls. Here as many channels go as leave the pruned model agreeing with the
     suspect model on all but a share ``tolerance`` of the held-out samples; that count is found by bisection, which
-    takes agreement to fall as more is pruned. held_out: share of the samples in (0, 1) kept for it; the fine-tuning
-    then uses all. It is that of `FineTune`, not the paper's.
+    takes agreement to fall as more is pruned.
+
+    Attributes:
+        schedule: Of the fine-tuning, which uses all samples. It is that of `FineTune`, not the paper's.
+        tolerance: Share of the held-out samples, in [0, 1], on which the two may disagree.
+        held_out: Share of the samples, in (0, 1), that is held out to find the count.
     """
 
     schedule: Schedule = field(default_factory=Schedule)

@@ -26,9 +26,15 @@ PRODUCTS = ("differences", "autograd")
 
 @dataclass(frozen=True)
 class BilevelProblem:
-    """inner, outer: ``L2(δ, θ)`` and ``L1(δ, θ)`` as scalars. radius: C, or None for no ball. rate: η of Φ.
+    """A problem with two levels, and how its derivatives are taken.
 
-    products: "differences" or "autograd". step: the length of a difference, in units of δ.
+    Attributes:
+        inner: ``L2(δ, θ)`` as a scalar.
+        outer: ``L1(δ, θ)`` as a scalar.
+        radius: C, or None for no ball.
+        rate: η of Φ.
+        products: "differences" or "autograd".
+        step: The length of a difference, in units of δ.
     """
 
     inner: Loss
@@ -48,8 +54,11 @@ def hypergradient(
 ) -> list[Tensor]:
     """``dL1(δ*(θ), θ)/dθ``, one tensor per tensor of ``theta``.
 
-    delta: a (nearly) stationary point of the inner problem, any shape, taken as one vector. theta: leaves that ask for
-    gradients. The error decays geometrically with ``iterations`` where Φ contracts.
+    Args:
+        problem: Both levels.
+        delta: A (nearly) stationary point of the inner problem, any shape, taken as one vector.
+        theta: Leaves that ask for gradients.
+        iterations: Terms of the sum that are taken. The error decays geometrically with them where Φ contracts.
     """
     delta = delta.detach()
     anchor = delta.clone().requires_grad_()

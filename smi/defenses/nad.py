@@ -1,5 +1,6 @@
-"""Neural Attention Distillation (Li et al., "Neural Attention Distillation: Erasing Backdoor Triggers from Deep Neural
-Networks", ICLR 2021).
+"""Neural Attention Distillation (Li et al., ICLR 2021).
+
+The paper is "Neural Attention Distillation: Erasing Backdoor Triggers from Deep Neural Networks".
 
     min_θ  E CE(f_θ(x), y) + Σ_l β_l mean_p (A_l(teacher)_p / ‖A_l(teacher)‖₂ − A_l(f_θ)_p / ‖A_l(f_θ)‖₂)²,
     A_l = Σ_c |F_{l,c}|^p
@@ -102,7 +103,11 @@ def attention_layers(model: nn.Module, images: Tensor) -> list[str]:
     """Names of the modules whose feature maps are compared: of each size of map, larger than one pixel, the last.
 
     That is the last activation before each down-sampling and before the pooling at the end, or the last residual block
-    of a stage. images: ``[N, C, H, W]`` in [0, 1], one of which is run.
+    of a stage.
+
+    Args:
+        model: Images to logits.
+        images: ``[N, C, H, W]`` in [0, 1], one of which is run.
     """
     last: dict[tuple[int, ...], str] = {}
     names, begun = {m: name for name, m in model.named_modules() if m is not model}, []

@@ -33,9 +33,13 @@ AfterStep = Callable[[nn.Module], None]
 class Schedule:
     """The outer loop that defenses share: AdamW with cosine decay over ``rounds`` passes over the samples.
 
-    lr: its rate, lower for large models, see `bearable`. batch_size: samples a step, fewer where a round would have
-    less than three steps. distill: weight of ``KL(suspect ‖ repaired)`` on the samples and on as many public images a
-    step; 0 switches it off.
+    Attributes:
+        rounds: Passes over the samples.
+        lr: Its rate, lower for large models, see `bearable`.
+        batch_size: Samples a step, fewer where a round would have less than three steps.
+        weight_decay: AdamW's.
+        distill: Weight of ``KL(suspect ‖ repaired)`` on the samples and on as many public images a step; 0 switches it
+            off.
     """
 
     rounds: int = 30

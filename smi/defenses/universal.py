@@ -31,9 +31,16 @@ def universal(
 ) -> Tensor:
     """One universal δ per entry of ``targets``: ``[T, C, H, W]`` with ``‖δ_t‖₂ ≤ radius``.
 
-    images ``[N, C, H, W]``, labels ``[N]``. targets ``[T]``: classes, to each of which every image is to be sent (those
-    of the class itself are left out). Normalised-gradient steps on the cross-entropy, shorter and shorter, so that the
-    last ones refine.
+    Normalised-gradient steps on the cross-entropy, shorter and shorter, so that the last ones refine.
+
+    Args:
+        run: The model.
+        images: ``[N, C, H, W]`` in [0, 1].
+        labels: What they are ``[N]``.
+        targets: Classes ``[T]``, to each of which every image is to be sent (those of the class itself are left out).
+        radius: Largest L2 norm of each δ, in [0, 1] pixels.
+        steps: How many.
+        rng: Draws the noise from which they start.
     """
     shape = images.shape[1:]
     delta = torch.randn(len(targets), *shape, generator=rng).to(images.device) * radius / math.sqrt(shape.numel())

@@ -32,9 +32,10 @@ __all__ = [
 class Source:
     """A domain that goes by a name.
 
-    load: ``load(root, download=...)`` gives the domain. public: gives the public images alone, for domains whose
-    public part must load where the private one cannot. contains: names of domains whose private images are among
-    its training images.
+    Attributes:
+        load: ``load(root, download=...)`` gives the domain.
+        public: Gives the public images alone, for domains whose public part must load where the private one cannot.
+        contains: Names of domains whose private images are among its training images.
     """
 
     load: Callable[..., Domain]
@@ -58,12 +59,18 @@ def load_domain(
 ) -> Domain:
     """The domain of a name in `domains`, in an ``.npz`` or in an image folder.
 
-    public: where the public images come from, as `load_public` takes it, or `PublicImages`, or ``"classes:33-42"``:
-    these classes of the domain itself, which its private task then is without (`Domain.with_public_classes`).
-    Default: the domain's own; ``digits`` and unlabelled sources have some, for others reading ``domain.public``
-    raises. Relative paths start at the current folder. root: where data sets that go by a name lie. download: whether
-    they may be fetched. Raises `InputError` for an unknown name (with the nearest ones), for missing or damaged files,
-    and for public images of another shape or from the private source itself.
+    Args:
+        name_or_path: Which. Relative paths start at the current folder.
+        public: Where the public images come from, as `load_public` takes it, or `PublicImages`, or ``"classes:33-42"``:
+            these classes of the domain itself, which its private task then is without (`Domain.with_public_classes`).
+            Default: the domain's own; ``digits`` and unlabelled sources have some, for others reading ``domain.public``
+            raises.
+        root: Where data sets that go by a name lie.
+        download: Whether they may be fetched.
+
+    Raises:
+        InputError: For an unknown name (with the nearest ones), for missing or damaged files, and for public images of
+            another shape or from the private source itself.
 
     >>> load_domain("digits").private.train
     PrivateSet(4000 images of 10 classes, (1, 32, 32))
@@ -89,10 +96,11 @@ def load_domain(
 
 
 def load_public(name_or_path: str | Path, *, root: str | Path = "data", download: bool = False) -> PublicImages:
-    """Public images of a name or path, as `load_domain` takes it: a domain's own public images where it has some
-    (``digits``: without reading the private ones), else its training images without their labels.
+    """Public images of a name or path, as `load_domain` takes it.
 
-    For a defender whose suspect model comes from another domain; nothing here can check that it does.
+    They are a domain's own public images where it has some (those of ``digits`` without reading the private ones), else
+    its training images without their labels. For a defender whose suspect model comes from another domain; nothing here
+    can check that it does.
 
     >>> load_public("digits")
     PublicImages(1797 images, (1, 32, 32))
@@ -107,7 +115,10 @@ def load_public(name_or_path: str | Path, *, root: str | Path = "data", download
 def check_source(name_or_path: str | Path) -> None:
     """What `load_domain` and `load_public` would look for must be there: a name in `domains`, or a file or folder.
 
-    Nothing is read. Raises `InputError` as they do.
+    Nothing is read.
+
+    Raises:
+        InputError: As they do.
     """
     path = Path(name_or_path)
     if str(name_or_path) not in domains and not path.exists():

@@ -22,8 +22,10 @@ from smi.errors import InputError
 
 
 def fitted(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """Images ``[N, C, H, W]`` as ``shape``, differentiable: resized, and grey from colour (by luminance) or as three
-    equal channels."""
+    """Images ``[N, C, H, W]`` as ``shape`` (C, H, W), differentiable.
+
+    They are resized, and become grey from colour (by luminance) or three equal channels.
+    """
     channels, *size = shape
     if channels != images.shape[1]:
         weights = images.new_tensor(LUMINANCE).view(1, 3, 1, 1)
@@ -41,7 +43,10 @@ LUMINANCE = (0.299, 0.587, 0.114)  # of red, green and blue (ITU-R BT.601), as P
 class PrivateSet:
     """Labelled in-distribution images, for the evaluator only.
 
-    images: float32 ``[N, C, H, W]`` in [0, 1]. labels: int64 ``[N]`` in ``[0, num_classes)``.
+    Attributes:
+        images: Float32 ``[N, C, H, W]`` in [0, 1].
+        labels: Int64 ``[N]`` in ``[0, num_classes)``.
+        num_classes: How many classes there are.
     """
 
     images: Tensor
@@ -61,7 +66,11 @@ class PrivateSet:
 
 @dataclass(frozen=True, eq=False)
 class PublicImages:
-    """Unlabelled images that anyone may have. images: float32 ``[N, C, H, W]`` in [0, 1]."""
+    """Unlabelled images that anyone may have.
+
+    Attributes:
+        images: Float32 ``[N, C, H, W]`` in [0, 1].
+    """
 
     images: Tensor
 
@@ -83,8 +92,12 @@ class PublicImages:
 class Samples:
     """Labelled images that a defense may use, and where they came from.
 
-    images: float32 ``[N, C, H, W]`` in [0, 1]. labels: int64 ``[N]``. source: for the record ("smi", "latent",
-    "public", "clean", ...). scores: float32 ``[N]`` stability (lower is more stable), where it was measured.
+    Attributes:
+        images: Float32 ``[N, C, H, W]`` in [0, 1].
+        labels: Int64 ``[N]`` in ``[0, num_classes)``.
+        num_classes: How many classes there are.
+        source: For the record ("smi", "latent", "public", "clean", ...).
+        scores: Float32 ``[N]`` stability (lower is more stable), where it was measured.
     """
 
     images: Tensor
@@ -179,9 +192,14 @@ class PrivateData:
 class Domain:
     """One setting: private data for attacker and evaluator, public images for the defender, class names.
 
-    classes: names, in the order of the labels; empty for an unlabelled source. public: None where nobody has said
-    which images are public; reading it then raises `InputError`. Raises `InputError` where private and public images
-    differ in shape.
+    Attributes:
+        name: Its name.
+        classes: Names, in the order of the labels; empty for an unlabelled source.
+        private: For attacker and evaluator.
+        public: None where nobody has said which images are public; reading it then raises `InputError`.
+
+    Raises:
+        InputError: Where private and public images differ in shape.
     """
 
     def __init__(
@@ -219,8 +237,10 @@ class Domain:
     def with_public_classes(self, labels: Sequence[int]) -> Domain:
         """The training images of the classes ``labels`` as public images; the task has the other classes alone.
 
-        The classes that stay are numbered anew from 0, in their order. Raises `InputError` unless ``labels`` are
-        different classes of this domain that leave it two or more.
+        The classes that stay are numbered anew from 0, in their order.
+
+        Raises:
+            InputError: Unless ``labels`` are different classes of this domain that leave it two or more.
         """
         train, test = self.private.train, self.private.test
         gone = set(labels)
@@ -255,7 +275,7 @@ def _check_same_shape(name: str, private: Tensor, public: Tensor) -> None:
 
 
 def _only(part: PrivateSet, kept: Sequence[int]) -> PrivateSet:
-    """The images of the classes ``kept``, which become 0, 1, …"""
+    """The images of the classes ``kept``, which become 0, 1, and so on."""
     number = torch.full((part.num_classes,), -1)
     number[list(kept)] = torch.arange(len(kept))
     labels = number[part.labels]

@@ -25,9 +25,11 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", "
 def load(path: str | Path, *, size: int = 32) -> Domain:
     """The domain in the folder ``path``, every image resized to ``size`` × ``size`` pixels.
 
-    With ``train/`` and ``test/`` these are the two private parts; with class folders alone a fixed fifth of every
-    class is held out for testing. Images alone make a public source without private data. Grey if every image is.
-    Raises `InputError`, naming the file or folder, for an unreadable image or a layout that is none of these.
+    With ``train/`` and ``test/`` these are the two private parts; with class folders alone a fixed fifth of every class
+    is held out for testing. Images alone make a public source without private data. Grey if every image is.
+
+    Raises:
+        InputError: For an unreadable image or a layout that is none of these, naming the file or folder.
     """
     check_number("size", size, low=1, integer=True)
     root = Path(path)
@@ -48,7 +50,10 @@ def load(path: str | Path, *, size: int = 32) -> Domain:
 def decode(file: Path, size: int) -> np.ndarray:
     """One image as uint8 ``[size, size]`` (grey) or ``[size, size, 3]``.
 
-    16 bits become 8, palettes colours, and what is transparent black. Raises `InputError`, naming the file.
+    16 bits become 8, palettes colours, and what is transparent black.
+
+    Raises:
+        InputError: Where it cannot be read, naming the file.
     """
     try:
         with Image.open(file) as image:

@@ -23,9 +23,11 @@ NAMES = ("x_train", "y_train", "x_test", "y_test", "classes")
 def load(path: str | Path) -> Domain:
     """The domain in the file ``path``.
 
-    Without ``y_train`` it is a public source: ``x_train`` are its public images and there is no private data. Without
-    a test part a fixed fifth of every class is held out. ``classes`` are the names; default: the numbers.
-    Raises `InputError`, naming the file, for anything that does not fit.
+    Without ``y_train`` it is a public source: ``x_train`` are its public images and there is no private data. Without a
+    test part a fixed fifth of every class is held out. ``classes`` are the names, by default the numbers.
+
+    Raises:
+        InputError: For anything that does not fit, naming the file.
     """
     file = Path(path)
     arrays = _read(file)
@@ -57,9 +59,16 @@ def domain(
     train: tuple[Tensor, Tensor],
     test: tuple[Tensor, Tensor],
 ) -> Domain:
-    """A labelled domain without public images. train, test: images uint8 ``[N, C, H, W]`` and labels int64 ``[N]``.
+    """A labelled domain without public images.
 
-    Raises `InputError`, naming ``source``, for an empty part, fewer than two classes or labels without a class.
+    Args:
+        source: The file or folder, which gives the name.
+        classes: Their names; None for their numbers.
+        train: Images uint8 ``[N, C, H, W]`` and labels int64 ``[N]``.
+        test: The same.
+
+    Raises:
+        InputError: For an empty part, fewer than two classes or labels without a class, naming ``source``.
     """
     if not (len(train[0]) and len(test[0])):
         raise InputError(f"{source} leaves no images to train or to test on. Give at least two images of every class.")

@@ -26,9 +26,15 @@ Part = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Source:
-    """dataset: torchvision's name. read: its images uint8 ``[N, C, 32, 32]`` and labels. classes: where it has none
-    itself. by_split: takes ``split="train"`` rather than ``train=True``. held_out: which images of torchvision's
-    training part are the test part, bool ``[N]``; without it torchvision's own test part is.
+    """A data set of torchvision.
+
+    Attributes:
+        dataset: Torchvision's name.
+        read: Gives its images uint8 ``[N, C, 32, 32]`` and labels.
+        classes: Their names, where it has none itself.
+        by_split: Whether it takes ``split="train"`` rather than ``train=True``.
+        held_out: Which images of torchvision's training part are the test part, bool ``[N]``; without it torchvision's
+            own test part is.
     """
 
     dataset: str
@@ -41,7 +47,10 @@ class Source:
 def load(name: str, root: str | Path = "data", *, download: bool = False) -> Domain:
     """The domain ``name`` of `SOURCES`, from files under ``root``.
 
-    Nothing is downloaded unless ``download`` says so. Raises `InputError` where the files are missing or damaged.
+    Nothing is downloaded unless ``download`` says so.
+
+    Raises:
+        InputError: Where the files are missing or damaged.
     """
     source = SOURCES[name]
     try:

@@ -56,8 +56,10 @@ class Family(Protocol):
         """How much of an image each candidate takes, ``[K]``, in the family's own unit."""
 
     def change(self, images: Tensor, rng: torch.Generator) -> Tensor:
-        """Each image ``[N, C, H, W]`` under a random change of its own, of this kind and of any strength up to the
-        family's; on the CPU."""
+        """Each image ``[N, C, H, W]`` under a random change of its own, on the CPU.
+
+        The change is of this kind and of any strength up to the family's.
+        """
 
 
 families: Registry[Family] = Registry("trigger family")
@@ -202,8 +204,10 @@ class Smooth:
 
 @dataclass(frozen=True)
 class Warped:
-    """The image sampled elsewhere: displacements on a coarse grid, enlarged bicubically. Size: their root mean square,
-    in pixels."""
+    """The image sampled elsewhere: displacements on a coarse grid, enlarged bicubically.
+
+    Size: their root mean square, in pixels.
+    """
 
     rate: float = 0.3
     weight: float = 0.5

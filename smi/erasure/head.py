@@ -33,7 +33,13 @@ RIDGE_OF_DIRECTIONS = 1e-4  # of the mean diagonal, added to G
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    """The layer that makes the logits, and its name in the model. pooled: a convolution whose outputs are averaged."""
+    """The layer that makes the logits.
+
+    Attributes:
+        layer: The layer.
+        name: Its name in the model.
+        pooled: Whether it is a convolution whose outputs are averaged.
+    """
 
     layer: nn.Linear | nn.Conv2d
     name: str
@@ -48,7 +54,12 @@ class Head:
 def head_of(model: nn.Module, images: Tensor) -> Head:
     """The last linear layer, or a last 1×1 convolution that is averaged over the image.
 
-    images ``[N, C, H, W]``: to see which layer's output the logits are. Raises `InputError` where it is none.
+    Args:
+        model: Images to logits.
+        images: ``[N, C, H, W]``, to see which layer's output the logits are.
+
+    Raises:
+        InputError: Where they are no such layer's.
     """
     seen: list[tuple[str, nn.Linear | nn.Conv2d, Tensor]] = []
     hooks = [
@@ -105,8 +116,12 @@ def features(model: nn.Module, head: Head, images: Tensor, *, batch_size: int = 
 def erase(layer: nn.Linear | nn.Conv2d, natural: Tensor, directions: Tensor) -> None:
     """Take ``directions`` ``[r, F]`` out of a `Head`'s layer, in place.
 
-    natural ``[N, F]``: its inputs on natural images (`smi.erasure.natural` says why not on reconstructions). Without a
-    bias nothing can be centred: second moments about 0 are used. Worked out in float64 on the CPU.
+    Without a bias nothing can be centred: second moments about 0 are used. Worked out in float64 on the CPU.
+
+    Args:
+        layer: Changed in place.
+        natural: Its inputs on natural images ``[N, F]`` (`smi.erasure.natural` says why not on reconstructions).
+        directions: In the space of its inputs.
     """
     weight, kept, d = (part.cpu().double() for part in (layer.weight.flatten(1), natural, directions))
     mean = kept.mean(0) if layer.bias is not None else torch.zeros_like(kept[0])

@@ -195,8 +195,11 @@ class _Task:
 
 
 def _losses(logits: Tensor, labels: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy ``[K, N]`` of logits ``[K, N, classes]`` to each candidate's target, or to "not the label" for
-    `ANYWHERE`, and which of the images count, those that are not of that class already."""
+    """Cross-entropy of each candidate, and which of the images count.
+
+    It is ``[K, N]``, of logits ``[K, N, classes]`` to the candidate's target, or to "not the label" for `ANYWHERE`. The
+    images that count are those that are not of that class already.
+    """
     said = logits.log_softmax(2)
     own = F.one_hot(labels, logits.shape[2]).bool()
     away = -said.masked_fill(own, -torch.inf).logsumexp(2)

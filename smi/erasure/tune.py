@@ -31,14 +31,16 @@ from smi.job import Job, Loop
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """Attributes:
-    steps: Of SGD. Its rate falls linearly to nothing.
-    lr: Its rate at first.
-    momentum: Its momentum.
-    clip: Largest L2 norm of a step's gradient.
-    batch_size: Images a step, half of them public where there are any. Each is shown unchanged and changed.
-    found: Share in [0, 1] of the changes that are found triggers, where there are any. The others are random.
-    still: Weight of the unchanged images, that of the changed ones being 1.
+    """How a model is tuned.
+
+    Attributes:
+        steps: Of SGD. Its rate falls linearly to nothing.
+        lr: Its rate at first.
+        momentum: Its momentum.
+        clip: Largest L2 norm of a step's gradient.
+        batch_size: Images a step, half of them public where there are any. Each is shown unchanged and changed.
+        found: Share in [0, 1] of the changes that are found triggers, where there are any. The others are random.
+        still: Weight of the unchanged images, that of the changed ones being 1.
     """
 
     steps: int = 600

@@ -13,8 +13,10 @@ import torch
 class Case:
     """One call of the reader's function.
 
-    arguments: what it is called with. expected: what it should return, a number or a tensor. hint: what is probably
-    wrong where it returns something else.
+    Attributes:
+        arguments: What it is called with.
+        expected: What it should return, a number or a tensor.
+        hint: What is probably wrong where it returns something else.
     """
 
     arguments: tuple[Any, ...]

@@ -20,13 +20,16 @@ from smi.explorers.pictures import Picture
 class Explorer:
     """Base of every explorer.
 
-    controls: widgets by name, whose values are handed to `compute` under these names; sliders, for choices too:
-    JupyterLab takes the arrow keys from dropdowns and radio buttons and moves to another cell.
-    button: what a button says, where `compute` takes more than about 0.3 s; the figure then waits for it. Without one
-    it follows the controls.
+    Tab moves between the controls, arrow keys change one, Enter presses the button.
 
-    widget: what a notebook shows, for putting it into a layout of one's own. Tab moves between the controls,
-    arrow keys change one, Enter presses the button.
+    Args:
+        controls: Widgets by name, whose values are handed to `compute` under these names; sliders, for choices too:
+            JupyterLab takes the arrow keys from dropdowns and radio buttons and moves to another cell.
+        button: What a button says, where `compute` takes more than about 0.3 s; the figure then waits for it. Without
+            one it follows the controls.
+
+    Attributes:
+        widget: What a notebook shows, for putting it into a layout of one's own.
     """
 
     def __init__(self, controls: Mapping[str, W.Widget], *, button: str = "") -> None:

@@ -22,9 +22,13 @@ FRAMES, CROWD = 9, 64  # images of the walk, and those that the spread is measur
 
 @dataclass(frozen=True, eq=False)
 class Walk:
-    """Images along a walk ``[9, C, H, W]``, the model's answers and how sure it is of each.
+    """Images along a walk, and what the model says of each.
 
-    spread: mean standard deviation over images of a pixel, of random latents with the same truncation.
+    Attributes:
+        images: ``[9, C, H, W]``.
+        answers: The model's.
+        sure: How sure it is of each, in [0, 1].
+        spread: Mean standard deviation over images of a pixel, of random latents with the same truncation.
     """
 
     images: Tensor
@@ -36,7 +40,11 @@ class Walk:
 class LatentExplorer(Explorer):
     """A walk through a prior's latent space, from one random latent to another.
 
-    prior: the generator. model: images in [0, 1] to logits, which says what it sees. count: of latents to choose from.
+    Args:
+        prior: The generator.
+        model: Images in [0, 1] to logits, which says what it sees.
+        count: How many latents there are to choose from.
+        seed: Of the latents.
     """
 
     def __init__(self, prior: Prior, model: nn.Module, *, count: int = 20, seed: int = 0) -> None:

@@ -20,10 +20,14 @@ SEED = 7
 
 @dataclass(frozen=True, eq=False)
 class Drawn:
-    """Noise ``[32, 32]`` for one weight matrix.
+    """Noise for one weight matrix.
 
-    rank: of the matrix. tile: rows and columns of a tile. counters: that a tile needs, of 128 random bits each; None
-    for families that are built of fewer values.
+    Attributes:
+        family: Its name.
+        noise: ``[32, 32]``.
+        rank: Of the matrix.
+        tile: Rows and columns of a tile.
+        counters: That a tile needs, of 128 random bits each; None for families that are built of fewer values.
     """
 
     family: str

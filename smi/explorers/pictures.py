@@ -20,7 +20,9 @@ BLUE, VERMILLION = "#0072B2", "#D55E00"
 class Picture:
     """A rendered figure. Shown last in a cell it is the picture, with ``alt`` where pictures are not shown.
 
-    alt: what the figure shows, in words; it is also the `repr`, so it must be the same on every machine.
+    Attributes:
+        png: The picture as bytes of a PNG.
+        alt: What the figure shows, in words; it is also the `repr`, so it must be the same on every machine.
     """
 
     def __init__(self, figure: Figure, alt: str, *, dpi: int = 100) -> None:

@@ -23,7 +23,14 @@ COUNT = 6
 
 @dataclass(frozen=True, eq=False)
 class Inverted:
-    """Images of one class ``[6, C, H, W]``. sure: the model's mean probability of it. judge: the other's answers."""
+    """Images of one class, and what is said of them.
+
+    Attributes:
+        label: The class.
+        images: ``[6, C, H, W]``.
+        sure: The model's mean probability of it, in [0, 1].
+        judge: The other's answers.
+    """
 
     label: int
     images: Tensor
@@ -34,8 +41,12 @@ class Inverted:
 class PixelExplorer(Explorer):
     """Pixel inversion with a smoothness weight and a number of steps of the reader's choice.
 
-    model: images in [0, 1] to logits. judge: an independent classifier of the same classes, which says what the images
-    show. prior: gives the image shape.
+    Args:
+        model: Images in [0, 1] to logits.
+        judge: An independent classifier of the same classes, which says what the images show.
+        prior: Gives the image shape.
+        classes: How many there are.
+        seed: Of the noise that is begun with.
     """
 
     def __init__(self, model: nn.Module, judge: nn.Module, prior: Prior, *, classes: int = 10, seed: int = 0) -> None:

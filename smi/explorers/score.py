@@ -24,9 +24,13 @@ FLOOR = 1e-6  # what a score of zero is drawn at: the axes are logarithmic
 
 @dataclass(frozen=True, eq=False)
 class Scoring:
-    """Scores ``[N]`` of the same images from two independent sets of draws, and the certainty ``[N]`` of the model.
+    """Scores of the same images from two independent sets of draws, and how certain the model is.
 
-    agreement: rank correlation of the two; 0 where all scores are equal.
+    Attributes:
+        first: Scores ``[N]``.
+        second: Those of the other draws ``[N]``.
+        certainty: The model's ``[N]``, in [0, 1].
+        agreement: Rank correlation of the two; 0 where all scores are equal.
     """
 
     first: Tensor
@@ -38,7 +42,10 @@ class Scoring:
 class ScoreExplorer(Explorer):
     """Scores against certainty, and against a second scoring with other draws, for noise that the reader chooses.
 
-    model: images in [0, 1] to logits. samples: labelled images; ``limit`` of them, spread evenly, are scored.
+    Args:
+        model: Images in [0, 1] to logits.
+        samples: Labelled images.
+        limit: How many of them, spread evenly, are scored.
     """
 
     def __init__(self, model: nn.Module, samples: Samples, *, limit: int = 40) -> None:

@@ -24,7 +24,13 @@ COUNT = 6
 
 @dataclass(frozen=True, eq=False)
 class Searched:
-    """Images ``[6, C, H, W]`` of one class and their stability scores ``[6]``. held: still taken for the class."""
+    """Images of one class, and how stable they are.
+
+    Attributes:
+        images: ``[6, C, H, W]``.
+        scores: Their stability scores ``[6]``.
+        held: Whether each is still taken for the class.
+    """
 
     images: Tensor
     scores: Tensor
@@ -43,7 +49,12 @@ class Pair:
 class StabiliseExplorer(Explorer):
     """Stabilised inversion with weights and radii of the reader's choice, beside latent inversion.
 
-    model: images in [0, 1] to logits. prior: the generator. classes: that the reader chooses from.
+    Args:
+        model: Images in [0, 1] to logits.
+        prior: The generator.
+        classes: How many the reader chooses from.
+        steps: Of each search.
+        seed: Of the latents.
     """
 
     def __init__(self, model: nn.Module, prior: Prior, *, classes: int = 10, steps: int = 30, seed: int = 0) -> None:

@@ -20,7 +20,14 @@ from smi_kernels import stability_scores
 
 @dataclass(frozen=True, eq=False)
 class Ranking:
-    """Images of one class, most stable first. held: whether the model takes an image for its class at all ``[N]``."""
+    """Images of one class, most stable first.
+
+    Attributes:
+        label: The class.
+        images: ``[N, C, H, W]``.
+        scores: Their stability ``[N]``.
+        held: Whether the model takes an image for its class at all ``[N]``.
+    """
 
     label: int
     images: Tensor
@@ -31,8 +38,11 @@ class Ranking:
 class StabilityExplorer(Explorer):
     """The images of one class, ordered from most to least stable under noise that the reader chooses.
 
-    model: images in [0, 1] to logits. samples: labelled images, such as `smi.invert` makes. limit: images shown; where
-    a class has more, they are spread evenly over them. names: of the classes; default their numbers.
+    Args:
+        model: Images in [0, 1] to logits.
+        samples: Labelled images, such as `smi.invert` makes.
+        limit: Images shown; where a class has more, they are spread evenly over them.
+        names: Of the classes; default their numbers.
     """
 
     def __init__(self, model: nn.Module, samples: Samples, *, limit: int = 12, names: tuple[str, ...] = ()) -> None:

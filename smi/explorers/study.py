@@ -25,7 +25,14 @@ RATES = {
 
 @dataclass(frozen=True, eq=False)
 class Bars:
-    """Mean and worst of one rate in percent by source, best first. shown: the rate. cells: removals by source."""
+    """Mean and worst of one rate in percent by source, best first.
+
+    Attributes:
+        shown: The rate.
+        mean: By source.
+        worst: By source.
+        cells: Removals by source.
+    """
 
     shown: str
     mean: dict[str, float]
@@ -34,9 +41,12 @@ class Bars:
 
 
 class StudyExplorer(Explorer):
-    """The rows of a study (`smi.study.results.from_csv` reads them) by source of the samples.
+    """The rows of a study by source of the samples.
 
-    names: what sources are called; default their short names. highlight: the source in the other colour.
+    Args:
+        rows: As `smi.study.results.from_csv` reads them.
+        names: What sources are called; default their short names.
+        highlight: The source in the other colour.
     """
 
     def __init__(self, rows: Sequence[Row], names: Mapping[str, str] | None = None, *, highlight: str = "smi") -> None:

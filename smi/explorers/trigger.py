@@ -23,8 +23,13 @@ SHOWN, MEASURED = 9, 300  # images in the picture, and for the rate
 class Stamped:
     """What a trigger does to test images of other classes.
 
-    images, stamped: ``[9, C, H, W]``. answers: of the model to ``stamped``. asr: share of more such images that the
-    model takes for the target. moved: mean L2 norm of the change. poisoned: training images to be changed.
+    Attributes:
+        images: ``[9, C, H, W]``.
+        stamped: The same with the trigger.
+        answers: Of the model to ``stamped``.
+        asr: Share of more such images that the model takes for the target.
+        moved: Mean L2 norm of the change.
+        poisoned: Training images to be changed.
     """
 
     images: Tensor
@@ -38,8 +43,11 @@ class Stamped:
 class TriggerExplorer(Explorer):
     """Test images with a trigger of the reader's choice, and the model's answers.
 
-    model: images in [0, 1] to logits, with a backdoor to class ``target``. test: labelled images. train_size: of the
-    training set, for what a poison rate means in images.
+    Args:
+        model: Images in [0, 1] to logits, with a backdoor to class ``target``.
+        test: Labelled images.
+        train_size: Of the training set, for what a poison rate means in images.
+        target: The class that stamped images are sent to.
     """
 
     def __init__(self, model: nn.Module, test: PrivateSet, *, train_size: int, target: int = 0) -> None:
@@ -62,7 +70,14 @@ class TriggerExplorer(Explorer):
         )
 
     def compute(self, *, trigger: str, size: int, opacity: float, rate: float) -> Stamped:
-        """Stamp and ask the model. size: of the square; the blended picture has none."""
+        """Stamp and ask the model.
+
+        Args:
+            trigger: "badnets" or "blended".
+            size: Of the square in pixels; the blended picture has none.
+            opacity: Of the trigger, in [0, 1].
+            rate: Share of the training images to poison, in [0, 1].
+        """
         attack = BadNets(size=size) if trigger == "badnets" else Blended(alpha=1.0)
         stamped = self.images.lerp(attack.stamp(self.images), opacity)
         shown = self.shown.lerp(attack.stamp(self.shown), opacity)

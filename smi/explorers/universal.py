@@ -24,9 +24,14 @@ SHOWN, SEARCHED = 8, 40  # images in the picture, and those that δ is searched 
 
 @dataclass(frozen=True, eq=False)
 class Shift:
-    """A universal perturbation. delta ``[C, H, W]``; shown: images with it ``[N, C, H, W]``, of other classes.
+    """A universal perturbation.
 
-    answers: of the model to those. fooled: share of images that δ was not searched on which it sends to ``label``.
+    Attributes:
+        label: The class that it is searched towards.
+        delta: ``[C, H, W]``.
+        shown: Images of other classes with it ``[N, C, H, W]``.
+        answers: Of the model to those.
+        fooled: Share of images that δ was not searched on which it sends to ``label``.
     """
 
     label: int
@@ -39,8 +44,10 @@ class Shift:
 class UniversalExplorer(Explorer):
     """One perturbation δ for all images, searched towards a class within a radius that the reader chooses.
 
-    models: by the name to show, images in [0, 1] to logits. samples: labelled images; half of them, at most 40, are
-    searched on, the others measured.
+    Args:
+        models: By the name to show, images in [0, 1] to logits.
+        samples: Labelled images; half of them, at most 40, are searched on, the others measured.
+        seed: Of which are searched on, and of where δ starts.
     """
 
     def __init__(self, models: Mapping[str, nn.Module], samples: Samples, *, seed: int = 0) -> None:

@@ -21,9 +21,16 @@ SHOWN = 600  # generated images in the picture
 
 @dataclass(frozen=True, eq=False)
 class Verdict:
-    """A world, some of its images ``[600, 2]``, both sides of the inequality, and the truth that it is about.
+    """A world, both sides of the inequality in it, and the truth that it is about.
 
-    closest: least distance of ``G(z)``, ``‖z‖ ≤ R``, to the stamped images.
+    Attributes:
+        world: The world.
+        images: Some of those that it generates ``[600, 2]``.
+        slack: s.
+        radius: R.
+        reach: r.
+        sides: Of the inequality.
+        closest: Least distance of ``G(z)``, ``‖z‖ ≤ R``, to the stamped images.
     """
 
     world: TwoPixels

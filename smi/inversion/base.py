@@ -58,7 +58,12 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Inversion:
-    """Base of every inversion. steps: Adam steps. lr: their rate, in units of the variable."""
+    """Base of every inversion.
+
+    Attributes:
+        steps: Adam steps.
+        lr: Their rate, in units of the variable.
+    """
 
     steps: int = 60
     lr: float = 0.1
@@ -138,12 +143,23 @@ def invert(
 ) -> Samples:
     """Reconstruct ``per_class`` images of every class of the suspect model, without any in-distribution data.
 
-    model: images in [0, 1] to logits. prior: a generator of public images; the pixel methods use its image shape
-    only. selection: ``selection.oversample`` times as many candidates are made and the most stable ones kept, as soon
-    as the method has `settled` them; None keeps what the inversion gave, unscored. classes: the class count, checked
-    where given. checkpoint: a file for the state, written every ``every`` seconds and before Ctrl-C and SIGTERM end the
-    work; where it exists, the inversion goes on from it, to the same images. Returns `Samples`, class by class, source
-    ``method.name``. Raises `InputError` before any work where model, prior and class count do not fit together.
+    Args:
+        model: Images in [0, 1] to logits.
+        prior: A generator of public images; the pixel methods use its image shape only.
+        method: Such as `Stabilized`.
+        per_class: Images of every class.
+        selection: ``selection.oversample`` times as many candidates are made and the most stable ones kept, as soon as
+            the method has `settled` them. None keeps what the inversion gave, unscored.
+        classes: The class count, checked where given.
+        seed: Of everything random.
+        checkpoint: A file for the state. Where it exists, the inversion goes on from it, to the same images.
+        every: Seconds between two writings of it. It is written before Ctrl-C and SIGTERM end the work, too.
+
+    Returns:
+        `Samples`, class by class, source ``method.name``.
+
+    Raises:
+        InputError: Before any work where model, prior and class count do not fit together.
 
     >>> import smi
     >>> suspect, prior = smi.load_classifier("digits-badnets"), smi.load_prior("digits")

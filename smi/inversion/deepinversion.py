@@ -26,8 +26,11 @@ from smi.inversion.pixel import Pixel, total_variation
 class DeepInversion(Pixel):
     """``CE(f(x), y) + lambda_tv · TV(x) + lambda_l2 · ‖x‖²/P + lambda_bn · Σ_l (‖μ_l(x) − μ̂_l‖ + ‖σ²_l(x) − σ̂²_l‖)``.
 
-    μ_l, σ²_l: mean and variance of BatchNorm l's input by channel, over a batch of all classes; μ̂_l, σ̂²_l: what that
-    layer remembers; P: pixels of an image. Raises `InputError` for a model without such layers.
+    μ_l and σ²_l are the mean and variance of BatchNorm l's input by channel, over a batch of all classes; μ̂_l and
+    σ̂²_l are what that layer remembers; P is the number of pixels of an image.
+
+    Raises:
+        InputError: For a model without such layers.
     """
 
     steps: int = 200

@@ -24,9 +24,12 @@ CLEAR = 0.1  # a cross-entropy below this counts as clear
 class Latent(Inversion):
     """Minimise ``CE(f(G(z)), y) − lambda_prior · D(G(z))`` with z kept in the ball ``‖z‖ ≤ norm_ball · √d``.
 
-    lambda_prior: weight of the critic. norm_ball: 1 is the radius at which standard normal latents lie. pool: random
-    latents drawn per candidate; the search starts from those that the model already takes for y most clearly, so that
-    it need not leave the region where the generator is good (Struppek et al., "Plug & Play Attacks", ICML 2022).
+    Attributes:
+        lambda_prior: Weight of the critic.
+        norm_ball: 1 is the radius at which standard normal latents lie.
+        pool: Random latents drawn per candidate. The search starts from those that the model already takes for y most
+            clearly, so that it need not leave the region where the generator is good (Struppek et al., "Plug & Play
+            Attacks", ICML 2022).
     """
 
     steps: int = 30

@@ -33,8 +33,15 @@ def worst_input(
 ) -> Tensor:
     """δ ``[N, C, H, W]`` with ``‖δ_i‖₂ ≤ radius`` that raises ``CE(f(x_i + δ_i), y_i)``, one per image.
 
-    Normalised-gradient ascent from zero; ``x + δ`` is kept in [0, 1]. slope: the gradient at zero, up to a factor,
-    where it is known.
+    Normalised-gradient ascent from zero; ``x + δ`` is kept in [0, 1].
+
+    Args:
+        run: The model f.
+        images: x ``[N, C, H, W]``.
+        labels: y ``[N]``.
+        radius: Largest L2 norm, in [0, 1] pixels.
+        steps: Of the ascent.
+        slope: The gradient at zero, up to a factor, where it is known.
     """
     images = images.detach()
     delta = torch.zeros_like(images)
@@ -63,7 +70,15 @@ def worst_parameters(
     """Parameters ``θ + v`` with ``‖v_l‖ = radius · ‖θ_l‖`` for every tensor l that raise the mean cross-entropy.
 
     One normalised-gradient step, as in sharpness-aware minimisation (Foret et al., ICLR 2021), relative per tensor as
-    in its adaptive form (Kwon et al., ICML 2021). One v for the whole batch. slopes: the gradients, where known.
+    in its adaptive form (Kwon et al., ICML 2021). One v for the whole batch.
+
+    Args:
+        run: The model, with its parameters as an argument.
+        model: Whose parameters θ are.
+        images: ``[N, C, H, W]`` in [0, 1].
+        labels: What they are to be ``[N]``.
+        radius: Relative to each tensor's norm.
+        slopes: The gradients, where known.
     """
     if slopes is None:
         slopes = slopes_at(run, model, images, labels)[2]

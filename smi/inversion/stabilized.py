@@ -30,10 +30,17 @@ MODES = ("adversarial", "random")
 class Stabilized(Latent):
     """Latent inversion with input and parameter stability.
 
-    lambda_x, lambda_w: weights of the two terms. epsilon: L2 radius of δ per image, in [0, 1] pixels. rho: radius of v
-    relative to each tensor's norm. inner: "adversarial" (ascent with ``ascent_steps`` steps for δ, one for v) or
-    "random" (mean over ``k`` draws of the same expected size, by `smi_kernels`). warmup: share of the steps, at the
-    start, that go without the two terms; the search first finds the class, then stabilises.
+    Attributes:
+        lambda_x: Weight of the input term.
+        lambda_w: Weight of the parameter term.
+        epsilon: L2 radius of δ per image, in [0, 1] pixels.
+        rho: Radius of v relative to each tensor's norm.
+        inner: "adversarial" (ascent, of one step for v) or "random" (mean over draws of the same expected size, by
+            `smi_kernels`).
+        ascent_steps: Of the ascent for δ.
+        k: Draws of "random".
+        warmup: Share of the steps, at the start, that go without the two terms. The search first finds the class, then
+            stabilises.
     """
 
     lambda_x: float = 0.3

@@ -17,9 +17,12 @@ WORST_LOSS = 15.0  # points of accuracy at which the scale ends
 def plot_rates(rows: Sequence[Row], order: Sequence[str] = ()) -> Figure:
     """Two tables of means in percent, dark where it is bad: attack success left, and points of accuracy lost.
 
-    rows: cells of one defense. A line an attack (and domain, where there are several) with the mean of all at the end;
-    a column a source, those of ``order`` first, with its cells where it has fewer than another (the study is running);
-    before them stands what there was before.
+    A line an attack (and domain, where there are several) with the mean of all at the end; a column a source, with its
+    cells where it has fewer than another (the study is running); before them stands what there was before.
+
+    Args:
+        rows: Cells of one defense.
+        order: Sources whose columns come first.
     """
     several = len({row["domain"] for row in rows}) > 1
     titles = [f"{row['domain']} {row['attack']}" if several else row["attack"] for row in rows]

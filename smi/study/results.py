@@ -46,8 +46,10 @@ def errors(study: Study, store: Store) -> list[tuple[str, str]]:
 
 
 def read_rows(study: Study, store: Store) -> list[Row]:
-    """One row a finished cell of ``study``, with `COLUMNS`; rates in [0, 1], seconds of making the samples and of
-    removal."""
+    """One row a finished cell of ``study``, with `COLUMNS`.
+
+    Rates are in [0, 1], seconds those of making the samples and of removal.
+    """
     return [_read(store.cell(cell))[1] for cell in study.cells if outcome(store.cell(cell)) == "done"]
 
 
@@ -125,8 +127,10 @@ def compare(rows: Iterable[Row], source: str, other: str, rate: str = "der", *, 
     """How far ``source`` is above ``other`` in ``rate``, over the cells that both have.
 
     Paired by domain, attack, defense and seed, so that a study that is still running compares like with like. The
-    interval is a percentile bootstrap over attacks: cells of one attack are not independent. Raises `InputError` where
-    the two have no cell in common.
+    interval is a percentile bootstrap over attacks: cells of one attack are not independent.
+
+    Raises:
+        InputError: Where the two have no cell in common.
     """
     found: dict[str, dict[tuple[Any, ...], float]] = {source: {}, other: {}}
     for row in rows:

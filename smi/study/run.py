@@ -110,14 +110,22 @@ def run_study(
 ) -> Ran:
     """Compute the cells that are missing. Whatever was finished before stays as it is.
 
-    scheduler: address of a Dask scheduler ``tcp://…`` whose workers see the same files and run one task at a time each
-    (``--nthreads 1``); None starts ``workers`` processes here. resource: a Dask resource of which every task takes one
-    unit, so that only workers started with ``--resources "NAME=1"`` get any. retry: whether cells that failed are
-    computed again.
+    A cell that fails is recorded with its error and does not stop the rest. May be interrupted at any time.
 
-    A cell that fails is recorded with its error and does not stop the rest. May be interrupted at any time. Raises
-    `InputError` where another run is at work on the same results, a domain's files are not there, files cannot be
-    written, or the cluster has no worker or goes away.
+    Args:
+        study: Whose cells.
+        store: Where results and cache lie, and where models run.
+        scheduler: Address of a Dask scheduler ``tcp://…`` whose workers see the same files and run one task at a time
+            each (``--nthreads 1``); None starts ``workers`` processes here.
+        workers: Processes that are started where there is no scheduler.
+        resource: A Dask resource of which every task takes one unit, so that only workers started with
+            ``--resources "NAME=1"`` get any.
+        retry: Whether cells that failed are computed again.
+        pieces: What computes the cells.
+
+    Raises:
+        InputError: Where another run is at work on the same results, a domain's files are not there, files cannot be
+            written, or the cluster has no worker or goes away.
     """
     if resource is not None and scheduler is None:
         raise InputError("A resource says which workers of a cluster are meant. Name the cluster's scheduler, too.")

@@ -29,10 +29,15 @@ T = TypeVar("T")
 class Place:
     """A domain and what the defender has there.
 
-    domain, public: as `load_domain` takes them; None for the domain's own public images. prior: as `load_prior` takes
-    it, or "fit" for one trained on the public images. train: of the classifiers. Paths stay as they are written, so
-    that a study names the same cells wherever it lies; relative ones start at the current folder. precision: in which
-    models run, see `smi.compute.precision`.
+    Paths stay as they are written, so that a study names the same cells wherever it lies; relative ones start at the
+    current folder.
+
+    Attributes:
+        domain: As `load_domain` takes it.
+        public: As `load_domain` takes it; None for the domain's own public images.
+        prior: As `load_prior` takes it, or "fit" for one trained on the public images.
+        train: Of the classifiers.
+        precision: In which models run, see `smi.compute.precision`.
     """
 
     domain: str

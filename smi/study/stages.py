@@ -34,8 +34,12 @@ PRIOR_SEED = 0  # one prior for all cells of a place
 
 @dataclass(frozen=True)
 class Store:
-    """Where files lie, and where models run. results: one JSON a cell. cache: victims, priors and samples, which can be
-    made again. device: of every worker, as torch names it.
+    """Where files lie, and where models run.
+
+    Attributes:
+        results: One JSON a cell.
+        cache: Victims, priors and samples, which can be made again.
+        device: Of every worker, as torch names it.
     """
 
     results: Path
