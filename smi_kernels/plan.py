@@ -141,7 +141,6 @@ class Plan:
 
 def arguments(step: Call, values: Mapping[str, Any], state: Mapping[str, Tensor]) -> tuple[Any, Any]:
     """Arguments of a call, positional and by name, with what each `Value` stands for."""
-
     return _filled(step.args, values, state), _filled(step.kwargs, values, state)
 
 

@@ -159,8 +159,9 @@ def problems(images: tuple[int, ...] = IMAGES) -> Iterator[tuple[str, nn.Conv2d,
 
 
 def measure(problem: Problem, kind: str) -> dict[str, Any]:
-    """A row of the configuration: the fastest tile of one kind and its seconds, and what else there is to choose: for
-    `HALF` the library, for `SIGNS` the same noise written out (`perturb_seconds`) for `HALF`.
+    """A row of the configuration: the fastest tile of one kind and its seconds, and what else there is to choose.
+
+    That is for `HALF` the library, for `SIGNS` the same noise written out (`perturb_seconds`) for `HALF`.
     """
     tiles = list(tiles_for(kind, problem.shape))
     times = [_time(partial(problem.ours, kind, tile)) for tile in tiles]

@@ -310,8 +310,10 @@ class _KernelRunner:
         return result
 
     def _by_image(self, step: Call) -> bool:
-        """Whether a call is of a module that takes images along the first dimension, and must see one draw at a time:
-        because its parameters move, or because it normalises by the batch."""
+        """Whether a call is of a module that takes images along the first dimension, and must see one draw at a time.
+
+        Because its parameters move, or because it normalises by the batch.
+        """
         module = self.modules[step.target] if step.op == "call_module" else None
         if type(module) not in (nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
             return False  # also for subclasses, which may do anything

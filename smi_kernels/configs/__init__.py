@@ -37,8 +37,10 @@ def file_name(device: str) -> str:
 
 
 def features(shape: ConvShape) -> dict[str, float]:
-    """What the choice depends on: logarithms of a draw's images, channels in and out of a group, pixels of a result and
-    taps. Not the draws, so that cutting them into groups changes no bit.
+    """What the choice depends on, as logarithms.
+
+    A draw's images, channels in and out of a group, pixels of a result and taps. Not the draws, so that cutting them
+    into groups changes no bit.
     """
     sizes = {
         "images": shape.images,

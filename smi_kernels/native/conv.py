@@ -47,7 +47,9 @@ def convolve(
         weight: ``[draws, O, KH, KW, C]``, contiguous, in the same format.
         bias: float32 ``[draws, O]``, contiguous, or None.
         residual: ``[draws·N, O, H', W']``, channels_last, of ``dtype``; or None.
-        stride, padding, dilation: as for ``torch.nn.functional.conv2d``.
+        stride: as for ``torch.nn.functional.conv2d``.
+        padding: likewise.
+        dilation: likewise.
         relu: whether act is ReLU; else it is the identity.
         dtype: of the result, one that `convolves`.
 

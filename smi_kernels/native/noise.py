@@ -125,8 +125,12 @@ def perturb_vectors(
     Args:
         theta: float32 ``[total]``.
         out: likewise; overwritten.
-        sizes, tensors, stds: elements (int64), id (int32, its bits) and σ (float32) of each tensor, ``[T]``.
-        function, stream, sign: as for `fill`; the stream's tensor id is not used.
+        sizes: elements of each tensor, int64 ``[T]``.
+        tensors: id of each, int32 ``[T]``, its bits.
+        stds: σ of each, float32 ``[T]``.
+        function: as for `fill`.
+        stream: as for `fill`; its tensor id is not used.
+        sign: as for `fill`.
     """
     addresses = (t.data_ptr() for t in (out, theta, sizes, tensors, stds))
     _function("perturb_vectors")(*addresses, len(sizes), int(function == "rademacher"), stream, sign)

@@ -50,11 +50,17 @@ def finish(
 
     Args:
         acc: float32 block of sums.
-        scale, bias: float32 ``[draws, columns]`` or None.
-        residual, y: ``[draws, rows, columns]``; the residual may be None.
+        scale: float32 ``[draws, columns]`` or None.
+        bias: likewise.
+        residual: ``[draws, rows, columns]`` or None.
+        y: ``[draws, rows, columns]``.
         draw: int64, because draws · rows · columns may pass 2³¹; rows · columns may not.
-        row, column: int32 blocks that broadcast to acc's shape.
+        row: int32 block that broadcasts to acc's shape.
+        column: likewise.
+        rows: of y.
+        columns: of y.
         mask: what to store.
+        EPILOGUE: a ``@triton.jit`` function of one block.
     """
     if scale is not None:
         acc *= tl.load(scale + draw * columns + column, mask=column < columns, other=0.0)
