@@ -220,11 +220,11 @@ def test_public_images_are_as_many_as_are_needed(brightened):
 
 
 def test_triggers_are_erased_of_the_two_families_that_reach_their_class_the_most_easily():
-    sizes = ([4.0, 1.0, 4.0, 4.0, 3.0], [4.0, 1.5, 4.0, 4.0, 4.0], [4.0, 3.0, 4.0, 4.0, 4.1], [4.0, 2.9, 4.0, 4.0, 4.1])
+    sizes = ([4.0, 1.0, 4.0, 4.0, 3.0], [4.0, 1.5, 4.0, 4.0, 2.6], [4.0, 3.0, 4.0, 4.0, 4.1], [4.0, 2.9, 4.0, 4.0, 4.1])
     names = ("additive", "masked", "smooth", "warped")
     scan = Scan([found(one, family=name) for one, name in zip(sizes, names, strict=True)])
     assert scan.excess()[:, 1].tolist() == pytest.approx([6.93, 2.80, 1.15, 1.61], abs=0.01)
-    assert scan.excess()[:, 4].tolist() == pytest.approx([1.44, 0.0, -0.10, -0.12], abs=0.01)
+    assert scan.excess()[:, 4].tolist() == pytest.approx([1.44, 1.23, -0.10, -0.12], abs=0.01)
     kept = Erasure()._kinds(scan, scan.of([1, 4]))
     assert [one.targets.tolist() for one in kept] == [[1, 4], [1], [], []]
 

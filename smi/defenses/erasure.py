@@ -33,8 +33,6 @@ from smi.errors import InputError
 from smi.job import Job
 from smi.unfinished import Tensors
 
-EASIER = 0.5  # excess: a second family with less is not what makes a class unusual, and its directions are natural
-
 
 @defenses.register("erasure")
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +43,7 @@ class Erasure(Defense):
         detector: How classes are searched and compared.
         least: Excess, in standard deviations, from which a class is treated. Less than what the detector takes for a
             sign: to miss a backdoor costs more than to erase what is natural, unless that costs much
-            (`Detector.kept`).
+            (`Detector.kept`). A second family of a class is erased from there on, too.
         tuning: The steps after erasing.
         rounds: At most. The first erases and tunes. Where something stays unusual, the next go on tuning, with the
             triggers that were found on the repaired model beside the others.
@@ -155,15 +153,15 @@ class Erasure(Defense):
     def _kinds(self, scan: Scan, found: list[Found]) -> list[Found]:
         """Those of the triggers whose directions are erased.
 
-        That is those by whose family their class is reached the most easily, and the second most where that is easier
-        than usual, too. Each direction that is erased costs accuracy. To `ANYWHERE` the first alone: it has a direction
-        a class.
+        That is those by whose family their class is reached the most easily, and the second most where that alone would
+        be enough to treat it: else it is not why the class is unusual, and its direction is a natural one. To
+        `ANYWHERE` the first alone: it has a direction a class.
         """
         excess = dict(zip(scan.classes, scan.excess().T, strict=True))
         taken = {}
         for label, row in excess.items():
             first, second = row.topk(min(2, len(row))).values[[0, -1]]
-            taken[label] = (row == first) | ((row >= second) & (row > EASIER))
+            taken[label] = (row == first) | ((row >= second) & (row > self.least))
         anywhere = scan.excess_anywhere()
         taken[ANYWHERE] = anywhere == anywhere.max()
         kept = [[bool(taken[label][place]) for label in one.targets.tolist()] for place, one in enumerate(found)]
