@@ -81,8 +81,8 @@ class Unfinished:
         return part(f"once.{name}", self._once) or part(name, self.tensors)
 
     def finish(self, name: str, state: Mapping[str, Tensor]) -> None:
-        """Write the last state of a part of the work, which stays while other parts go on."""
-        if self._file is not None:
+        """Write the last state of a part of the work, once: it stays while other parts go on."""
+        if self._file is not None and not part(f"once.{name}", self._once):
             self._once |= named(f"once.{name}", {key: value.detach().clone() for key, value in state.items()})
             self.save({})
 

@@ -165,6 +165,19 @@ def test_every_bit_of_the_tensors_is_under_the_checksum(tmp_path):
     assert refused == 13
 
 
+def test_a_part_that_is_finished_does_not_take_the_state_of_the_next_along(tmp_path):
+    file, first, second = tmp_path / "state", {"a": torch.ones(1)}, {"two.b": torch.zeros(2)}
+    work = Unfinished(file, "test", {})
+    work.finish("one", first)
+    work.save(second)
+    again = Unfinished(file, "test", {})
+    again.finish("one", again.of("one"))  # as by a loop that finds nothing left to do
+    assert again.once("one", lambda: 1 / 0) == first
+    last = Unfinished(file, "test", {})
+    assert torch.equal(last.of("two")["b"], second["two.b"])
+    assert not last.of("three")
+
+
 def test_tied_weights_can_be_kept(tmp_path):
     one = torch.ones(2)
     Unfinished(tmp_path / "state", "test", {}).save({"a": one, "b": one})
