@@ -61,7 +61,7 @@ def circles(parsed: Mapping[str, ast.Module]) -> list[set[str]]:
     modules = {
         path.removesuffix(".py").removesuffix("/__init__").replace("/", "."): node for path, node in parsed.items()
     }
-    needs = {name: {other for other in _imports(node) if other in modules} - {name} for name, node in modules.items()}
+    needs = {name: set(_imports(node, modules)) - {name} for name, node in modules.items()}
     reach = {name: _reachable(name, needs) for name in needs}
     left, found = set(needs), []
     while left:
@@ -86,14 +86,14 @@ def _reachable(start: str, needs: Mapping[str, set[str]]) -> set[str]:
     return seen
 
 
-def _imports(module: ast.Module) -> Iterator[str]:
-    """What a module imports when it is imported: names of modules, and of what may be one."""
+def _imports(module: ast.Module, ours: Mapping[str, ast.Module]) -> Iterator[str]:
+    """Which of our modules a module needs when it is imported. A module of a package needs no more of the package."""
     for node in _outside_functions(module):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            yield from (alias.name for alias in node.names if alias.name in ours)
+        elif isinstance(node, ast.ImportFrom) and node.module in ours:
+            names = (f"{node.module}.{alias.name}" for alias in node.names)
+            yield from (name if name in ours else node.module for name in names)
 
 
 def _outside_functions(node: ast.AST) -> Iterator[ast.AST]:

@@ -10,7 +10,7 @@ TREE = {
     "smi/a.py": "from contextvars import ContextVar\nfrom functools import cache\nimport smi.b\n"
     "x: ContextVar[int] = ContextVar[int]('x')\n@cache\ndef f():\n    return 1\n",
     "smi/b/__init__.py": "from smi.b import c\n",
-    "smi/b/c.py": "from smi import a\n",
+    "smi/b/c.py": "from smi.a import f\n",
     "smi/d.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import smi.e\ndef f():\n    import smi.e\n",
     "smi/e.py": "import smi.d\n",
     "smi_kernels/long.py": "def f():\n    '''Text\n" + "\n" * 60 + "'''\n" + "    x = 1\n" * 51,
