@@ -189,6 +189,8 @@ def test_the_files_are_written_and_hold_what_they_should(demo, tmp_path):
         "stages",
         "settings",
         "versions",
+        "precision",
+        "device",
         "threads",
         "kernel_backend",
     } <= (record.keys())

@@ -8,11 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small_runs import METHODS, PUBLIC, REMOVALS, SAMPLES, TUNE, stop_at
-from tiny import TinyPrior, tiny_model
+from tiny import TinyPrior, noise, tiny_model
 from torch import nn
 
 from smi.compute import precision
+from smi.domains import PublicImages
 from smi.errors import InputError
+from smi.gan import PriorConfig, fit_prior
 from smi.interrupts import Stopped, stoppable
 from smi.inversion import Latent, invert
 from smi.job import Loop
@@ -197,6 +199,14 @@ def test_settings_that_are_no_weights_tell_work_apart(tmp_path):
             invert(model, prior, method, per_class=1, checkpoint=file)
     with pytest.raises(InputError, match="precision was 'auto' there"), precision("bfloat16"):
         invert(tiny_model(), GeneratorPrior(net, 6, output_range=(0, 1)), method, per_class=1, checkpoint=file)
+
+
+def test_a_prior_is_not_gone_on_with_in_another_precision(tmp_path):
+    public, config, file = PublicImages(noise(12, 1, 32, 32)), PriorConfig(steps=1, batch_size=4), tmp_path / "state"
+    with precision("float32"):
+        assert fit_prior(public, config, checkpoint=file).record["precision"] == "float32"
+    with pytest.raises(InputError, match="another prior: precision was 'float32' there"):
+        fit_prior(public, config, checkpoint=file)
 
 
 def test_a_place_in_folders_that_are_not_there_and_the_current_folder(tmp_path, monkeypatch):
