@@ -10,12 +10,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from smi import attacks as attacks, defenses as defenses
     from smi.attacks import plant as plant, poison as poison
-    from smi.classifiers import (
-        Classifier as Classifier,
-        TrainConfig as TrainConfig,
-        build_classifier as build_classifier,
-        train_classifier as train_classifier,
-    )
     from smi.detection import detect as detect
     from smi.domains import (
         Domain as Domain,
@@ -32,44 +26,50 @@ if TYPE_CHECKING:
         Measurement as Measurement,
         clean_control as clean_control,
     )
-    from smi.gan import PriorConfig as PriorConfig, fit_prior as fit_prior
     from smi.inversion import Latent as Latent, Pixel as Pixel, Stabilized as Stabilized, invert as invert
-    from smi.models import load_classifier as load_classifier, save_classifier as save_classifier
+    from smi.inversion.selection import Selection as Selection, select_stable as select_stable
+    from smi.models.classifiers import (
+        Classifier as Classifier,
+        TrainConfig as TrainConfig,
+        build_classifier as build_classifier,
+        train_classifier as train_classifier,
+    )
+    from smi.models.store import load_classifier as load_classifier, save_classifier as save_classifier
+    from smi.models.suspects import load_suspect as load_suspect
     from smi.pipeline import (
         Cleaned as Cleaned,
         DemoConfig as DemoConfig,
         remove_backdoor as remove_backdoor,
         run_demo as run_demo,
     )
-    from smi.priors import (
+    from smi.priors.base import (
         GeneratorPrior as GeneratorPrior,
         Prior as Prior,
         load_generator as load_generator,
         load_prior as load_prior,
         save_prior as save_prior,
     )
-    from smi.stability import Selection as Selection, select_stable as select_stable
-    from smi.suspects import load_suspect as load_suspect
-    from smi.threads import choose_threads as choose_threads, use_threads as use_threads
+    from smi.priors.gan import PriorConfig as PriorConfig, fit_prior as fit_prior
+    from smi.runtime.threads import choose_threads as choose_threads, use_threads as use_threads
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "smi": "attacks defenses",
     "smi.attacks": "plant poison",
-    "smi.classifiers": "Classifier TrainConfig build_classifier train_classifier",
+    "smi.models.classifiers": "Classifier TrainConfig build_classifier train_classifier",
     "smi.detection": "detect",
     "smi.domains": "Domain PrivateSet PublicImages Samples load_domain load_public",
     "smi.errors": "InputError",
     "smi.evaluation": "Comparison Evaluator Measurement clean_control",
-    "smi.gan": "PriorConfig fit_prior",
+    "smi.priors.gan": "PriorConfig fit_prior",
     "smi.inversion": "Latent Pixel Stabilized invert",
-    "smi.models": "load_classifier save_classifier",
+    "smi.models.store": "load_classifier save_classifier",
     "smi.pipeline": "Cleaned DemoConfig remove_backdoor run_demo",
-    "smi.priors": "GeneratorPrior Prior load_generator load_prior save_prior",
-    "smi.stability": "Selection select_stable",
-    "smi.suspects": "load_suspect",
-    "smi.threads": "choose_threads use_threads",
+    "smi.priors.base": "GeneratorPrior Prior load_generator load_prior save_prior",
+    "smi.inversion.selection": "Selection select_stable",
+    "smi.models.suspects": "load_suspect",
+    "smi.runtime.threads": "choose_threads use_threads",
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 

@@ -13,15 +13,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from smi.checks import check_model, check_number
-from smi.compute import asked_precision, fingerprint_of, frozen
 from smi.domains.base import PublicImages, Samples, check_public, check_samples
 from smi.erasure.directions import kept_without
 from smi.erasure.natural import natural_images, spread_of
 from smi.erasure.scan import MOST, Scan, drift, look, sent
 from smi.erasure.search import ANYWHERE, Search
-from smi.files import fingerprint
-from smi.unfinished import Unfinished
+from smi.runtime.checks import check_model, check_number
+from smi.runtime.compute import asked_precision, fingerprint_of, frozen
+from smi.runtime.files import fingerprint
+from smi.runtime.unfinished import Unfinished
 
 NEAR = 0.7  # of the largest excess: a class as unusual as that cannot be told from the most unusual one
 

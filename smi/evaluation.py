@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from smi.attacks.base import Attack
-from smi.checks import check_model, check_number
-from smi.compute import predict
 from smi.domains.base import PrivateSet, Samples
 from smi.errors import InputError
-from smi.seeding import stream
+from smi.runtime.checks import check_model, check_number
+from smi.runtime.compute import predict
+from smi.runtime.seeding import stream
 
 
 @dataclass(frozen=True)

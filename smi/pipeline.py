@@ -13,18 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from smi.attacks import Attack, BadNets, plant
-from smi.checks import check_model
-from smi.classifiers import TrainConfig
-from smi.compute import circumstances
 from smi.defenses import Defense, Erasure, Repair
 from smi.detection import detect
 from smi.domains.base import Domain, PublicImages, Samples, check_public
 from smi.evaluation import Comparison, Evaluator, Measurement, clean_control
 from smi.inversion import Inversion, Latent, Stabilized, invert
-from smi.priors import Prior, check_prior, random_images
-from smi.seeding import derive, stream
+from smi.inversion.selection import Selection, kernel_backend
+from smi.models.classifiers import TrainConfig
+from smi.priors.base import Prior, check_prior, random_images
+from smi.runtime.checks import check_model
+from smi.runtime.compute import circumstances
+from smi.runtime.seeding import derive, stream
 from smi.sources import pseudo_labelled
-from smi.stability import Selection, kernel_backend
 
 PER_CLASS = 30
 STAGES = ("inversion", "removal")

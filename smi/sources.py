@@ -11,15 +11,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from smi.checks import check_number
-from smi.compute import predict
 from smi.domains.base import PrivateSet, PublicImages, Samples
 from smi.errors import InputError
 from smi.evaluation import clean_control
 from smi.inversion import DeepInversion, Inversion, Latent, Pixel, Stabilized, invert
-from smi.priors import Prior, random_images
-from smi.seeding import stream
-from smi.stability import Selection
+from smi.inversion.selection import Selection
+from smi.priors.base import Prior, random_images
+from smi.runtime.checks import check_number
+from smi.runtime.compute import predict
+from smi.runtime.seeding import stream
 from smi_kernels import Registry
 
 

@@ -58,9 +58,7 @@ def rooms(tree: Mapping[str, str], package: str) -> set[str]:
 
 def circles(parsed: Mapping[str, ast.Module]) -> list[set[str]]:
     """Sets of modules each of which needs all others when it is imported. Imports in functions do not count."""
-    modules = {
-        path.removesuffix(".py").removesuffix("/__init__").replace("/", "."): node for path, node in parsed.items()
-    }
+    modules = {_module(path): node for path, node in parsed.items()}
     needs = {name: set(_imports(node, modules)) - {name} for name, node in modules.items()}
     reach = {name: _reachable(name, needs) for name in needs}
     left, found = set(needs), []

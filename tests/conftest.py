@@ -17,8 +17,8 @@ import study_pieces
 import torch
 
 import smi
-from smi.memory import keep_freed
-from smi.threads import usable_cores
+from smi.runtime.memory import keep_freed
+from smi.runtime.threads import usable_cores
 
 keep_freed()
 
@@ -94,7 +94,7 @@ def there():
     """A stand-in for a device (`elsewhere`), on which work is done in float32: it has no autocast."""
     from elsewhere import elsewhere
 
-    from smi.compute import precision
+    from smi.runtime.compute import precision
 
     with precision("float32"), elsewhere() as device:
         yield device

@@ -20,14 +20,14 @@ from small_runs import METHODS, PUBLIC, REMOVALS, SAMPLES
 from tiny import TinyPrior, noise, tiny_model
 from torch import Tensor, nn
 
-from smi.compute import precision
 from smi.defenses import Defense
 from smi.detection import Detector, detect
 from smi.domains import PublicImages
 from smi.erasure.search import Search
-from smi.gan import PriorConfig, fit_prior
 from smi.inversion import Inversion, invert
-from smi.stability import Selection
+from smi.inversion.selection import Selection
+from smi.priors.gan import PriorConfig, fit_prior
+from smi.runtime.compute import precision
 from smi_kernels import stability_scores
 from smi_kernels.noise import families
 

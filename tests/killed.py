@@ -21,13 +21,13 @@ import torch
 from tiny import TinyPrior, noise, tiny_model
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from smi import files
-from smi.compute import fingerprint_of
 from smi.defenses import FineTune, Schedule
 from smi.domains import PublicImages, Samples
-from smi.files import fingerprint
-from smi.gan import PriorConfig, fit_prior
 from smi.inversion import Stabilized, invert
+from smi.priors.gan import PriorConfig, fit_prior
+from smi.runtime import files
+from smi.runtime.compute import fingerprint_of
+from smi.runtime.files import fingerprint
 
 FAULTS = ("step", "step", "write", "rename", "full")
 

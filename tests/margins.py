@@ -103,9 +103,9 @@ def compute_in(precision):
     import torch
     from torch.overrides import TorchFunctionMode
 
-    import smi.compute
+    import smi.runtime.compute
 
-    if precision == "bfloat16" and not smi.compute.bf16_is_fast():
+    if precision == "bfloat16" and not smi.runtime.compute.bf16_is_fast():
 
         class Round(torch.autograd.Function):
             @staticmethod
@@ -130,12 +130,12 @@ def compute_in(precision):
                 return rounded(function(*inputs, **(kwargs or {})))
 
         def mixed(device):
-            auto = device.type == "cpu" and smi.compute.asked_precision() == "auto"
+            auto = device.type == "cpu" and smi.runtime.compute.asked_precision() == "auto"
             return Rounded() if auto else nullcontext()
 
-        smi.compute.mixed = mixed
+        smi.runtime.compute.mixed = mixed
     else:
-        smi.compute._asked.set(precision)
+        smi.runtime.compute._asked.set(precision)
 
 
 def number(value):
@@ -182,7 +182,7 @@ def run_notebook(path, log):
     """Run a notebook's code in this process and write down its claims; one that does not hold does not stop it."""
     import runpy
 
-    import smi.exercises
+    import smi.tutorial.exercises
 
     text = ""
 
@@ -200,7 +200,7 @@ def run_notebook(path, log):
         text = said
         log.write(path.stem, f"{said}:", bool(condition()))
 
-    smi.exercises.claim = claim
+    smi.tutorial.exercises.claim = claim
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder) / f"{path.stem}.py"
         script.write_text(notebook_script(path))

@@ -11,7 +11,7 @@ from collections import Counter
 
 from distributed import get_worker
 
-from smi.files import write_atomic
+from smi.runtime.files import write_atomic
 
 SMALL = """
 seeds = [1, 2]

@@ -21,11 +21,11 @@ from smi.analysis import (
     trigger_presence,
 )
 from smi.attacks import BadNets, Blended, TrojanSquare
-from smi.classifiers import TrainConfig
 from smi.defenses import NAD, Schedule, defenses
 from smi.domains import PrivateSet, Samples
 from smi.errors import InputError
-from smi.stability import features
+from smi.inversion.selection import features
+from smi.models.classifiers import TrainConfig
 
 
 def rng(seed=0):

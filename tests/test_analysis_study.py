@@ -20,10 +20,10 @@ from smi.analysis import (
     rank_correlation,
 )
 from smi.analysis.study import sample_sets, stored_analysis
-from smi.classifiers import build_classifier
-from smi.cli import cli
+from smi.cli.main import cli
 from smi.errors import InputError
-from smi.files import save_tensors, write_atomic
+from smi.models.classifiers import build_classifier
+from smi.runtime.files import save_tensors, write_atomic
 from smi.study import Store, load_study
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 import smi
-from smi import rebuild
+from smi.dev import assets
 from smi.domains import load_public
-from smi.files import fingerprint
-from smi.models import read_classifier
+from smi.models.store import read_classifier
+from smi.runtime.files import fingerprint
 
 ASSETS = resources.files("smi") / "assets"
 
@@ -54,9 +54,9 @@ def test_the_judge_knows_digits_and_no_trigger() -> None:
 def test_rebuilding_refuses_bad_input_and_overwrites_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     file = tmp_path / "prior.safetensors"
     file.write_text("precious")
-    assert rebuild.main(["prior", str(file)]) == 2
-    assert rebuild.main(["pryor", str(tmp_path / "new")]) == 2
-    assert rebuild.main([]) == 2
+    assert assets.main(["prior", str(file)]) == 2
+    assert assets.main(["pryor", str(tmp_path / "new")]) == 2
+    assert assets.main([]) == 2
     said = capsys.readouterr().err
     assert "exists" in said
     assert "Did you mean 'prior'" in said
@@ -70,9 +70,9 @@ def test_the_prior_rebuilds_without_mlxtend(tmp_path: Path) -> None:
     code = f"""
 import sys
 sys.modules["mlxtend"] = None
-import smi.gan, smi.rebuild, functools
-smi.rebuild.fit_prior = functools.partial(smi.gan.fit_prior, config=smi.gan.PriorConfig(steps=2))
-sys.exit(smi.rebuild.main(["prior", r"{tmp_path / "p.safetensors"}"]))
+import smi.priors.gan, smi.dev.assets, functools
+smi.dev.assets.fit_prior = functools.partial(smi.priors.gan.fit_prior, config=smi.priors.gan.PriorConfig(steps=2))
+sys.exit(smi.dev.assets.main(["prior", r"{tmp_path / "p.safetensors"}"]))
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
     assert smi.load_prior(tmp_path / "p.safetensors").image_shape == (1, 32, 32)

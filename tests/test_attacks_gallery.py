@@ -9,9 +9,9 @@ from PIL import Image
 from tiny import noise, tiny_model
 
 from smi.attacks import Attack, BadNets, Blended, attacks
-from smi.attacks.gallery import draw_attacks
 from smi.domains import PrivateSet
 from smi.errors import InputError
+from smi.plotting.attacks import draw_attacks
 
 PICTURE = Path(__file__).parent.parent / "notebooks/results/attacks.png"
 
@@ -61,7 +61,7 @@ def test_attacks_that_are_fitted_or_trained_are_drawn(monkeypatch):
             return None, BadNets(size=2)
 
     mapping = {"trained": Trained, "l2_inv": lambda: attacks["l2_inv"](steps=2)}
-    monkeypatch.setattr("smi.attacks.gallery.attacks", mapping)
+    monkeypatch.setattr("smi.plotting.attacks.attacks", mapping)
     trained, fitted = drawn(draw_attacks(data(), surrogate=tiny_model(1, 16, 4), seed=3))
     assert (trained[0], fitted[0]) == ("trained", "l2_inv")
     assert calls == [(Attack.rate, 3)]

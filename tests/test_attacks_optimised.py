@@ -11,10 +11,10 @@ import smi
 from smi.attacks import InputAware, L0Inv, L2Inv, Smooth, TrojanWatermark, attacks, plant, poison
 from smi.attacks.optimised import Surrogate
 from smi.attacks.trojan_watermark import watermark
-from smi.classifiers import TrainConfig, build_classifier, train_classifier
-from smi.compute import predict
 from smi.domains import PrivateSet
 from smi.errors import InputError
+from smi.models.classifiers import TrainConfig, build_classifier, train_classifier
+from smi.runtime.compute import predict
 
 AGAINST_SURROGATE = [L0Inv, L2Inv, Smooth, TrojanWatermark]
 

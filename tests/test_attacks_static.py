@@ -7,7 +7,7 @@ import torch
 from tiny import noise, tiny_model
 from torch.nn import functional as F
 
-import smi.compute
+import smi.runtime.compute
 from smi.attacks import (
     SIG,
     BadNets,
@@ -22,9 +22,9 @@ from smi.attacks import (
     plant,
     poison,
 )
-from smi.classifiers import train_classifier
 from smi.domains import PrivateSet
 from smi.errors import InputError
+from smi.models.classifiers import train_classifier
 
 STATIC = ["badnets_all2all", "blended", "wanet", "sig", "trojan_square", "label_consistent"]
 CLEAN_LABEL = [SIG(target=1), LabelConsistent(target=1, steps=2, size=1)]
@@ -261,7 +261,9 @@ def test_triggers_must_fit():
 def digits():
     domain = smi.load_domain("digits")
     clean = train_classifier(domain.private.train, seed=100)
-    accuracy = (smi.compute.predict(clean, domain.private.test.images).argmax(1) == domain.private.test.labels).float()
+    accuracy = (
+        smi.runtime.compute.predict(clean, domain.private.test.images).argmax(1) == domain.private.test.labels
+    ).float()
     return domain, clean, accuracy.mean().item()
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import noise
 
-from smi.augment import gan_augment, random_affine, random_crop_flip, vary
+from smi.domains.augment import gan_augment, random_affine, random_crop_flip, vary
 
 
 def rng(seed=0):

@@ -47,12 +47,12 @@ RUN = """(cells) => {
 QUICK = """
 import functools
 import smi
-import smi.exercises
+import smi.tutorial.exercises
 quick = smi.defenses.IBAU(rounds=1)
 smi.remove_backdoor = functools.partial(smi.remove_backdoor, per_class=4, inversion=smi.Latent(), defense=quick)
 smi.invert = lambda *given, per_class, invert=smi.invert, **more: invert(*given, per_class=4, **more)
 smi.defenses.IBAU = smi.defenses.Erasure = lambda **settings: quick
-smi.exercises.claim = lambda text, holds: None
+smi.tutorial.exercises.claim = lambda text, holds: None
 """
 # Cells far from what is seen are not in the page; their outputs are in the model.
 ERRORS = """() => Array.from(window.jupyterapp.shell.currentWidget.content.widgets).flatMap((cell, index) =>

@@ -3,8 +3,8 @@ import torch
 from tiny import noise, same_state, state_of, tiny_model
 from torch import nn
 
-from smi.checks import check_images, check_labels, check_model, check_number, evaluating
 from smi.errors import InputError
+from smi.runtime.checks import check_images, check_labels, check_model, check_number, evaluating
 
 GOOD = noise(2, 1, 8, 8)
 

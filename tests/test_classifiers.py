@@ -6,7 +6,9 @@ from tiny import noise, same_state, state_of
 from torch import nn
 from torch.nn import functional as F
 
-from smi.classifiers import (
+from smi.domains import PrivateSet
+from smi.errors import InputError
+from smi.models.classifiers import (
     AUGMENTATIONS,
     Classifier,
     PreActivationBlock,
@@ -15,8 +17,6 @@ from smi.classifiers import (
     build_classifier,
     train_classifier,
 )
-from smi.domains import PrivateSet
-from smi.errors import InputError
 
 
 def bright_or_dark(n=48):

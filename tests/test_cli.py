@@ -14,21 +14,21 @@ from small_runs import REMOVALS
 
 import smi.detection
 import smi.domains
+import smi.models.suspects
 import smi.pipeline
-import smi.priors
-import smi.suspects
-import smi.unfinished
-from smi.classifiers import build_classifier
-from smi.cli import PER_CLASS, cli
-from smi.compute import asked_precision
+import smi.priors.base
+import smi.runtime.unfinished
+from smi.cli.main import PER_CLASS, cli
 from smi.defenses import IBAU, Erasure
 from smi.detection import Detector
 from smi.erasure import Search
-from smi.files import load_tensors, save_tensors
-from smi.gan import PriorConfig, fit_prior
 from smi.inversion import Stabilized, inversions
-from smi.models import save_classifier
-from smi.priors import GAN, save_prior
+from smi.models.classifiers import build_classifier
+from smi.models.store import save_classifier
+from smi.priors.base import GAN, save_prior
+from smi.priors.gan import PriorConfig, fit_prior
+from smi.runtime.compute import asked_precision
+from smi.runtime.files import load_tensors, save_tensors
 
 QUICK = Detector(search=Search(families=("additive",), steps=1, restarts=1))
 COMMANDS = ["demo", "remove", "fit-prior", "invert", "score", "evaluate"]
@@ -84,7 +84,7 @@ def test_defaults_agree_with_the_library():
 
 
 def test_demo_prints_the_table_and_says_where_files_went(here, monkeypatch):
-    monkeypatch.setattr(smi.priors, "load_prior", lambda name: GAN(1))
+    monkeypatch.setattr(smi.priors.base, "load_prior", lambda name: GAN(1))
     monkeypatch.setattr(smi.domains, "load_domain", lambda name: fake_run.domain())
     monkeypatch.setattr(smi.pipeline, "run_demo", lambda domain, prior, **options: fake_run.demo())
     result = smi_run("demo", "--seed", 3)
@@ -168,7 +168,7 @@ def test_without_a_prior_one_is_trained_on_the_public_images(here, monkeypatch):
     assert tuple(given["public"].images.shape) == (40, 1, 32, 32)
     again = fit_prior(given["public"], PriorConfig(steps=2), seed=3).state_dict()
     assert all(torch.equal(value, again[name]) for name, value in given["prior"].state_dict().items())
-    kept = smi.priors.load_prior("out/prior.safetensors")
+    kept = smi.priors.base.load_prior("out/prior.safetensors")
     assert kept.record["config"]["steps"] == 2
     assert json.loads((here / "out/report.json").read_text())["stages"].keys() == {
         "prior",
@@ -187,7 +187,7 @@ def test_a_removal_that_is_stopped_goes_on_to_the_same_weights(here, monkeypatch
     monkeypatch.setattr(smi.pipeline, "Erasure", lambda: REMOVALS["erasure"])
     command = ["remove", "suspect.safetensors", "--prior", "prior.safetensors", "--per-class", 2, *options]
     assert smi_run(*command, "--out", "whole").exit_code == 0
-    real, begun = smi.unfinished.Unfinished.save, []
+    real, begun = smi.runtime.unfinished.Unfinished.save, []
 
     def save(self, state):
         """Ctrl-C after the first state of each stage."""
@@ -196,7 +196,7 @@ def test_a_removal_that_is_stopped_goes_on_to_the_same_weights(here, monkeypatch
             begun.append(self._kind)
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(smi.unfinished.Unfinished, "save", save)
+    monkeypatch.setattr(smi.runtime.unfinished.Unfinished, "save", save)
     assert smi_run(*command, "--out", "parts").exit_code == 130
     assert "--resume" in refused(here, *command, "--out", "parts")
     assert "seed was 0 there" in refused(here, *command, "--out", "parts", "--resume", "--seed", 1)
@@ -247,7 +247,7 @@ def test_a_strangers_checkpoint_is_repaired_in_its_layout(here, monkeypatch):
     assert smi_run("score", "out/repaired.pth", "images.npz", *form).exit_code == 0
 
     (here / "ours.py").write_text(
-        "from smi.classifiers import small_cnn\ndef net(num_classes): return small_cnn(1, num_classes)"
+        "from smi.models.classifiers import small_cnn\ndef net(num_classes): return small_cnn(1, num_classes)"
     )
     form[1] = "ours.py:net"
     scored = smi_run("score", "out/repaired.pth", "images.npz", *form)
@@ -314,7 +314,7 @@ def test_remove_refuses_what_does_not_fit_before_any_work(here, monkeypatch):
 def test_fit_prior_writes_a_prior_that_loads(here):
     result = smi_run("fit-prior", "digits", "--steps", 1, "--out", "new.safetensors")
     assert result.exit_code == 0, result.output
-    assert smi.priors.load_prior("new.safetensors").image_shape == (1, 32, 32)
+    assert smi.priors.base.load_prior("new.safetensors").image_shape == (1, 32, 32)
     assert "exists" in refused(here, "fit-prior", "digits", "--steps", 1, "--out", "new.safetensors")
     resized = smi_run("fit-prior", small_npz(), "--steps", 1, "--out", "other.safetensors")
     assert resized.exit_code == 0, resized.output
@@ -408,7 +408,7 @@ def test_commands_hand_the_device_and_the_precision_on(here, monkeypatch):
         seen.append((device, asked_precision()))
         return suspect
 
-    monkeypatch.setattr(smi.suspects.Suspect, "to", moved)
+    monkeypatch.setattr(smi.models.suspects.Suspect, "to", moved)
     monkeypatch.setattr(smi.pipeline, "remove_backdoor", lambda *args, **options: found)
     options = ["--device", "mps", "--precision", "bfloat16"]
     smi_run("remove", "suspect.safetensors", "--prior", "prior.safetensors", "--out", "out", *options)
@@ -441,13 +441,13 @@ def test_ctrl_c_ends_with_130(here, monkeypatch):
     def interrupted(name):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(smi.priors, "load_prior", interrupted)
+    monkeypatch.setattr(smi.priors.base, "load_prior", interrupted)
     result = smi_run("demo")
     assert result.exit_code == 130
     assert "Interrupted" in result.output
 
 
-RUN = "from smi.cli import main; main()"
+RUN = "from smi.cli.main import main; main()"
 
 
 def start(*args, code=RUN):
@@ -471,7 +471,7 @@ def test_help_does_not_import_torch():
 
 def test_threads_wait_passively_and_the_environment_comes_first():
     code = (
-        "import os, sys; os.environ.pop('OMP_WAIT_POLICY', None); from smi.cli import main; "
+        "import os, sys; os.environ.pop('OMP_WAIT_POLICY', None); from smi.cli.main import main; "
         "assert 'torch' not in sys.modules; import atexit; "
         "atexit.register(lambda: print(os.environ['OMP_WAIT_POLICY'])); main()"
     )
@@ -481,8 +481,8 @@ def test_threads_wait_passively_and_the_environment_comes_first():
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_the_real_process_ends_with_130_on_ctrl_c(tmp_path):
     code = (
-        "import os, signal, time, smi.gan; "
-        "smi.gan.fit_prior = lambda *a, **k: (os.kill(os.getpid(), signal.SIGINT), time.sleep(30)); " + RUN
+        "import os, signal, time, smi.priors.gan; "
+        "smi.priors.gan.fit_prior = lambda *a, **k: (os.kill(os.getpid(), signal.SIGINT), time.sleep(30)); " + RUN
     )
     found = start("fit-prior", "digits", "--out", str(tmp_path / "prior.safetensors"), code=code)
     assert found.returncode == 130

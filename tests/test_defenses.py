@@ -10,13 +10,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from smi.attacks import BadNets
-from smi.classifiers import build_classifier
-from smi.compute import fast
 from smi.defenses import IBAU, FineTune, Schedule, defenses
 from smi.defenses.distillation import Distillation, recognised
 from smi.defenses.training import LARGEST_STEP, _warm_cosine, bearable
 from smi.domains import PrivateSet, PublicImages, Samples
 from smi.errors import InputError
+from smi.models.classifiers import build_classifier
+from smi.runtime.compute import fast
 
 QUICK = Schedule(rounds=2, batch_size=12, distill=1.0)
 

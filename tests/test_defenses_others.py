@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smi.attacks import BadNets, plant
-from smi.classifiers import Classifier, build_classifier
-from smi.compute import predict
 from smi.defenses import ANP, CLP, FTSAM, NAD, FinePrune, FineTune, Schedule, defenses
 from smi.defenses.anp import THRESHOLDS
 from smi.defenses.channels import Layer, activity, agreement, conv_layers, prune, split
@@ -26,7 +24,9 @@ from smi.defenses.nad import attention_distance, attention_layers
 from smi.domains import PrivateSet, PublicImages, Samples, load_domain
 from smi.errors import InputError
 from smi.evaluation import Evaluator, clean_control
-from smi.models import load_classifier
+from smi.models.classifiers import Classifier, build_classifier
+from smi.models.store import load_classifier
+from smi.runtime.compute import predict
 
 DISTIL = Schedule(rounds=2, batch_size=12, distill=1.0)
 ALL = {

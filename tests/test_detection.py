@@ -10,13 +10,13 @@ from click.testing import CliRunner
 from tiny import TinyPrior, found, noise, tiny_model
 
 from smi.analysis.detected import DETECTION_COLUMNS
-from smi.classifiers import TrainConfig, train_classifier
-from smi.cli import cli
+from smi.cli.main import cli
 from smi.detection import Detection, Detector, detect
 from smi.domains import PrivateSet, PublicImages, Samples
 from smi.erasure import ANYWHERE, Scan, Search
 from smi.errors import InputError
-from smi.report import detection_verdict, removal_page, removal_verdict
+from smi.models.classifiers import TrainConfig, train_classifier
+from smi.report.removal import detection_verdict, removal_page, removal_verdict
 
 QUICK = Detector(search=Search(families=("additive",), steps=2, restarts=1))
 SOME = Samples(noise(20, 1, 8, 8), torch.arange(20) % 3, 3, "smi")

@@ -14,15 +14,15 @@ from small_runs import METHODS, PUBLIC, REMOVALS, SAMPLES
 from tiny import TinyPrior, coded_set, noise, tiny_model
 
 from smi.attacks import BadNets
-from smi.checks import device_of
-from smi.classifiers import TrainConfig, train_classifier
-from smi.compute import precision, predict
 from smi.domains import PrivateSet, PublicImages
 from smi.errors import InputError
 from smi.evaluation import Evaluator
-from smi.gan import PriorConfig, fit_prior
 from smi.inversion import invert
-from smi.stability import Selection, features, score_samples
+from smi.inversion.selection import Selection, features, score_samples
+from smi.models.classifiers import TrainConfig, train_classifier
+from smi.priors.gan import PriorConfig, fit_prior
+from smi.runtime.checks import device_of
+from smi.runtime.compute import precision, predict
 from smi.study import load_study, stages
 from smi_kernels import stability_scores
 

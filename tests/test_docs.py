@@ -10,7 +10,7 @@ import pytest
 
 import smi
 import smi_kernels
-from smi.reference import build, modules
+from smi.dev.reference import build, modules
 
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE | doctest.IGNORE_EXCEPTION_DETAIL
 FINDER = doctest.DocTestFinder(exclude_empty=True)
@@ -48,7 +48,7 @@ def test_what_one_calls_first_has_an_example():
 
 def test_the_reference_is_built_by_one_command(tmp_path):
     pytest.importorskip("pdoc")
-    command = [sys.executable, "-m", "smi.reference", tmp_path / "api"]
+    command = [sys.executable, "-m", "smi.dev.reference", tmp_path / "api"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     for name in modules():
@@ -60,7 +60,7 @@ def test_the_reference_is_built_by_one_command(tmp_path):
 
 
 def test_the_reference_needs_its_folder(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "smi.reference"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "smi.dev.reference"], capture_output=True, text=True)
     assert done.returncode == 1
     assert "usage" in done.stderr
     assert callable(build)

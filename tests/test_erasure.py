@@ -9,16 +9,16 @@ from torch.nn import functional as F
 
 import smi
 from smi.attacks import WaNet
-from smi.classifiers import build_classifier
-from smi.compute import fast, frozen
 from smi.erasure.directions import directions
 from smi.erasure.families import changed, families
 from smi.erasure.head import RIDGE, erase, features, head_of
 from smi.erasure.search import PROBED, Found, Search, search
 from smi.erasure.tune import Tuning, tune
-from smi.job import Job
-from smi.models import load_classifier
-from smi.seeding import stream
+from smi.models.classifiers import build_classifier
+from smi.models.store import load_classifier
+from smi.runtime.compute import fast, frozen
+from smi.runtime.job import Job
+from smi.runtime.seeding import stream
 
 IMAGES = torch.rand(5, 3, 8, 6, generator=torch.Generator().manual_seed(0))
 

@@ -10,7 +10,6 @@ from tiny import found, noise
 from torch import nn
 
 import smi
-from smi.compute import fingerprint_of, predict
 from smi.defenses import Erasure, defenses
 from smi.detection import Detector
 from smi.erasure.directions import directions, erase_found, kept_without
@@ -19,7 +18,8 @@ from smi.erasure.natural import SHOWN, joined, natural_images, spread_of
 from smi.erasure.scan import Scan
 from smi.erasure.search import ANYWHERE, REACHED, Search
 from smi.erasure.tune import Tuning
-from smi.models import load_classifier
+from smi.models.store import load_classifier
+from smi.runtime.compute import fingerprint_of, predict
 
 
 def test_a_direction_is_the_mean_shift_of_other_classes_features(brightened):

@@ -11,8 +11,8 @@ from smi.defenses.base import Evidence
 from smi.detection import Detection
 from smi.erasure.scan import Scan
 from smi.erasure.search import ANYWHERE
-from smi.report import removal_page, removal_verdict
-from smi.sections import reason
+from smi.report.removal import removal_page, removal_verdict
+from smi.report.sections import reason
 
 
 def seen(treated, left, *, targets=None, sizes=(1.0, 4.0, 4.2, 4.1), reached=None, asked=False):

@@ -8,12 +8,12 @@ import torch
 from tiny import found, tiny_model
 from torch import nn
 
-from smi.compute import frozen
 from smi.detection import Detector
 from smi.erasure.families import families
 from smi.erasure.scan import SPREAD_ANYWHERE, Scan, drift, look, sent
 from smi.erasure.search import ANYWHERE, REACHED, Search, _losses
-from smi.report import detection_verdict
+from smi.report.removal import detection_verdict
+from smi.runtime.compute import frozen
 
 
 def test_a_class_reached_by_less_stands_out_by_its_logarithm():

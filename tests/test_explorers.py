@@ -8,11 +8,12 @@ from matplotlib.figure import Figure
 from tiny import TinyPrior, noise, tiny_model
 
 from smi.attacks import BadNets
-from smi.classifiers import build_classifier
-from smi.compute import predict
 from smi.domains.base import PrivateSet, Samples
 from smi.errors import InputError
-from smi.explorers import (
+from smi.inversion.pixel import total_variation
+from smi.models.classifiers import build_classifier
+from smi.runtime.compute import predict
+from smi.tutorial.explorers import (
     LatentExplorer,
     NoiseExplorer,
     Picture,
@@ -26,8 +27,7 @@ from smi.explorers import (
     WorldExplorer,
     image_row,
 )
-from smi.explorers.latent import slerp
-from smi.inversion.pixel import total_variation
+from smi.tutorial.explorers.latent import slerp
 from smi_kernels.noise import PARAMETERS, draw, families
 
 PNG = b"\x89PNG\r\n\x1a\n"

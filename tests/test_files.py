@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from smi import files
 from smi.errors import InputError
-from smi.files import (
+from smi.runtime import files
+from smi.runtime.files import (
     claimed,
     fingerprint,
     load_tensors,
@@ -175,7 +175,7 @@ def test_a_claim_keeps_others_out_and_leaves_nothing(tmp_path):
 def test_a_claim_of_a_killed_process_does_not_bar_the_way(tmp_path):
     script = f"""
 import os, signal
-from smi.files import claimed
+from smi.runtime.files import claimed
 with claimed({str(tmp_path / "out")!r}):
     print("claimed", flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -205,7 +205,7 @@ def test_of_many_claims_at_once_one_holds(tmp_path):
     script = f"""
 import time
 from smi.errors import InputError
-from smi.files import claimed
+from smi.runtime.files import claimed
 try:
     with claimed({str(tmp_path / "out")!r}) as file:
         time.sleep(0.5)

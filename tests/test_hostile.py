@@ -21,12 +21,12 @@ from PIL import Image
 from safetensors.torch import save
 from torch import nn
 
-from smi.checkpoints import read_checkpoint
-from smi.checkpoints.pickled import asked_for
-from smi.classifiers import architectures
-from smi.cli import cli
+from smi.cli.main import cli
 from smi.domains import load_public
 from smi.errors import InputError
+from smi.models.checkpoints import read_checkpoint
+from smi.models.checkpoints.pickled import asked_for
+from smi.models.classifiers import architectures
 
 MARK = "it_ran"
 

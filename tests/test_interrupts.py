@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from smi.interrupts import Stopped, held_back, stoppable
+from smi.runtime.interrupts import Stopped, held_back, stoppable
 
 BOTH = [signal.SIGINT, signal.SIGTERM]
 
@@ -66,13 +66,13 @@ def test_other_threads_are_left_alone():
 
 SCRIPT = """
 import sys
-import smi.gan
-from smi.cli import main
-real = smi.gan._Training.advance
+import smi.priors.gan
+from smi.cli.main import main
+real = smi.priors.gan._Training.advance
 def advance(run):
     real(run)
     print("step", run.step, flush=True)
-smi.gan._Training.advance = advance
+smi.priors.gan._Training.advance = advance
 main()
 """
 

@@ -7,7 +7,6 @@ from tiny import TinyPrior, noise, runner, same_state, state_of, tiny_model
 from torch import nn
 from torch.nn import functional as F
 
-from smi.compute import precision
 from smi.domains import Samples
 from smi.errors import InputError
 from smi.inversion import DeepInversion, Latent, Pixel, Stabilized, inversions, invert, stabilized
@@ -15,8 +14,9 @@ from smi.inversion.base import Task
 from smi.inversion.deepinversion import statistics_gap
 from smi.inversion.latent import CLEAR
 from smi.inversion.pixel import total_variation
-from smi.seeding import stream
-from smi.stability import Selection, score_samples
+from smi.inversion.selection import Selection, score_samples
+from smi.runtime.compute import precision
+from smi.runtime.seeding import stream
 
 STEPS = {"steps": 4, "lr": 0.1}
 METHODS = [

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from smi.errors import InputError
-from smi.lab import FIRST, lab_command, notebooks_folder
+from smi.tutorial.lab import FIRST, lab_command, notebooks_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -60,7 +60,7 @@ def listens(address):
 def address(tmp_path):
     """What a started `smi lab` prints: the address with the token."""
     home = {name: str(tmp_path / name.lower()) for name in ("HOME", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR")}
-    command = [sys.executable, "-c", "from smi.cli import main; main()", "lab", "--no-browser", "--port", "0"]
+    command = [sys.executable, "-c", "from smi.cli.main import main; main()", "lab", "--no-browser", "--port", "0"]
     command += ["--", "--allow-root"] if os.geteuid() == 0 else []  # JupyterLab refuses to run as root otherwise
     with (tmp_path / "log").open("w") as log:
         lab = subprocess.Popen(command, cwd=tmp_path, env=os.environ | home, stderr=log, stdout=log)

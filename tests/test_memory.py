@@ -12,16 +12,16 @@ from small_runs import SAMPLES, TUNE, stop_at
 from tiny import TinyPrior, noise, tiny_model
 from torch import nn
 
-from smi.compute import fast, precision, predict
 from smi.defenses import FineTune, Schedule
 from smi.defenses.universal import universal
-from smi.interrupts import Stopped, stoppable
 from smi.inversion import Latent, Pixel, Stabilized, invert
-from smi.memory import keep_freed
+from smi.runtime.compute import fast, precision, predict
+from smi.runtime.interrupts import Stopped, stoppable
+from smi.runtime.memory import keep_freed
 
 FAULTS = """
 import resource, torch
-from smi.memory import keep_freed
+from smi.runtime.memory import keep_freed
 if {keep}:
     assert keep_freed()
 torch.ones(10_000_000)

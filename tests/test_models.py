@@ -4,10 +4,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from smi.classifiers import build_classifier
 from smi.errors import InputError
-from smi.files import load_tensors, save_tensors
-from smi.models import Card, load_classifier, read_classifier, save_classifier
+from smi.models.classifiers import build_classifier
+from smi.models.store import Card, load_classifier, read_classifier, save_classifier
+from smi.runtime.files import load_tensors, save_tensors
 
 
 @pytest.fixture

@@ -186,7 +186,7 @@ def test_the_installed_wheel_works_outside_the_checkout(built, tmp_path):
     smoke = f"""
 import smi, smi_kernels, torch
 assert smi.__file__.startswith({str(site)!r}) and smi_kernels.__file__.startswith({str(site)!r})
-from smi.models import load_classifier
+from smi.models.store import load_classifier
 prior, victim = smi.load_prior("digits"), load_classifier("digits-badnets")
 with torch.no_grad():
     print(tuple(victim(prior.generate(torch.zeros(1, prior.latent_dim))).shape))
@@ -197,7 +197,11 @@ with torch.no_grad():
     assert script == PROJECT["scripts"]["smi"]
     assert "Usage" in run(str(site / "bin" / "smi"), "--help", cwd=elsewhere, env=environment)
     run(
-        sys.executable, "-c", "from smi.lab import notebooks_folder; notebooks_folder()", cwd=elsewhere, env=environment
+        sys.executable,
+        "-c",
+        "from smi.tutorial.lab import notebooks_folder; notebooks_folder()",
+        cwd=elsewhere,
+        env=environment,
     )
     own = {path.name for path in (elsewhere / "smi-notebooks").glob("*.ipynb")}
     assert own == {path.name for path in (ROOT / "notebooks").glob("*.ipynb")}

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from smi.inversion import Stabilized
 from smi.inversion.base import Task
 from smi.inversion.perturbation import slopes_at, worst_input, worst_parameters
-from smi.seeding import stream
+from smi.runtime.seeding import stream
 
 
 @pytest.fixture

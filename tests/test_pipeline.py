@@ -10,12 +10,12 @@ from tiny import TinyPrior, tiny_model
 
 import smi
 from smi.attacks import BadNets
-from smi.classifiers import TrainConfig
 from smi.defenses import Erasure
 from smi.detection import Detector
 from smi.domains import Domain, PrivateData, PrivateSet, PublicImages
 from smi.erasure import Search, Tuning
 from smi.inversion import Stabilized, invert
+from smi.models.classifiers import TrainConfig
 from smi.pipeline import HELD_OUT, Clock, DemoConfig, held_out_samples, pseudo_labelled, run_demo
 
 QUICK = Detector(search=Search(families=("additive", "warped"), steps=2, restarts=1))

@@ -4,14 +4,14 @@ from tiny import TinyPrior, noise, tiny_model
 from torch import nn
 from torch.nn.utils import parametrize
 
-from smi import gan
 from smi.domains import PublicImages
 from smi.errors import InputError
-from smi.files import load_tensors, save_tensors
-from smi.gan import PriorConfig, fit_prior
 from smi.inversion import Latent, invert
-from smi.own_code import own_function
-from smi.priors import GAN, GeneratorPrior, Prior, load_generator, load_prior, sample_latents, save_prior
+from smi.models.own_code import own_function
+from smi.priors import gan
+from smi.priors.base import GAN, GeneratorPrior, Prior, load_generator, load_prior, sample_latents, save_prior
+from smi.priors.gan import PriorConfig, fit_prior
+from smi.runtime.files import load_tensors, save_tensors
 
 CONFIG = PriorConfig(steps=6, batch_size=8)
 PUBLIC = PublicImages(noise(20, 1, 32, 32))

@@ -10,11 +10,11 @@ import fake_run
 import pytest
 import torch
 
-from smi import figures
 from smi.defenses import Repair
 from smi.errors import InputError
-from smi.models import read_classifier
-from smi.report import demo_page, removal_page, removal_verdict, table, verdict, write_report
+from smi.models.store import read_classifier
+from smi.plotting import report as figures
+from smi.report.removal import demo_page, removal_page, removal_verdict, table, verdict, write_report
 
 VOID = {"meta", "img", "br", "hr"}
 

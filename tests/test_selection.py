@@ -3,10 +3,10 @@ import torch
 from tiny import noise, same_state, state_of, tiny_model
 from torch import nn
 
-from smi import stability
 from smi.domains import Samples
 from smi.errors import InputError
-from smi.stability import Selection, features, select_stable
+from smi.inversion import selection
+from smi.inversion.selection import Selection, features, select_stable
 
 ANY = Selection(oversample=1, k=2, diversity=0)
 
@@ -29,7 +29,7 @@ def scored(monkeypatch):
     """Replaces the measured scores: ``scored([...])`` gives one score a candidate."""
 
     def use(scores):
-        monkeypatch.setattr(stability, "stability_scores", lambda *args, **kwargs: torch.tensor(scores))
+        monkeypatch.setattr(selection, "stability_scores", lambda *args, **kwargs: torch.tensor(scores))
 
     return use
 

@@ -13,13 +13,13 @@ from click.testing import CliRunner
 from study_pieces import SMALL
 from tiny import noise, tiny_model
 
-from smi.cli import cli
-from smi.compute import asked_precision
+from smi.cli.main import cli
 from smi.domains import Domain, PrivateData, PrivateSet, PublicImages, load_domain, public_classes
 from smi.errors import InputError
-from smi.files import load_tensors
+from smi.plotting.study import plot_rates
+from smi.runtime.compute import asked_precision
+from smi.runtime.files import load_tensors
 from smi.study import Store, load_study, read_rows, run_study, stages, summarise
-from smi.study.plot import plot_rates
 from smi.study.results import as_csv, as_markdown, compare, from_csv, outcome, stored
 from smi.study.spec import shipped
 
@@ -248,7 +248,7 @@ def test_the_commands(small, store, tmp_path):
 
 def test_the_quick_study_from_victims_to_table(tmp_path):
     """The real thing, small: every stage as in a study of hours, of one attack."""
-    quick, one = resources.files("smi").joinpath("studies", "quick.toml").read_text(), tmp_path / "one.toml"
+    quick, one = resources.files("smi").joinpath("study", "shipped", "quick.toml").read_text(), tmp_path / "one.toml"
     one.write_text(re.sub(r"^attacks = .*$", 'attacks = ["badnets"]', quick, flags=re.MULTILINE))
     where = [str(one), "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]
     runner = CliRunner()

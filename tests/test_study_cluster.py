@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from distributed import Scheduler, SpecCluster, Worker
 
 import smi.study.run
-from smi.cli import cli
+from smi.cli.main import cli
 from smi.errors import InputError
 from smi.study import load_study, run_study, status
 

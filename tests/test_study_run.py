@@ -15,8 +15,8 @@ import study_pieces
 from study_pieces import SMALL
 
 import smi.study.run
-from smi import progress
 from smi.errors import InputError
+from smi.runtime import progress
 from smi.study import Store, load_study, run_study, status
 from smi.study.results import errors, outcome
 from smi.study.run import submit
@@ -135,7 +135,7 @@ def lost(store):
 COMMAND = """
 import sys, study_pieces, smi.study
 from functools import partial
-from smi.cli import main
+from smi.cli.main import main
 if __name__ == "__main__":
     smi.study.run_study = partial(smi.study.run_study, pieces=study_pieces)
     main()
@@ -221,7 +221,7 @@ def test_workers_start_with_what_their_allocator_reads_once_and_nothing_of_it_st
 def test_what_a_kill_left_of_a_write_is_removed_unless_it_may_be_going_on(small, store):
     (store.cache / "victims").mkdir()
     store.results.mkdir()
-    killed = "import os, sys; from pathlib import Path; from smi.files import write_atomic\n"
+    killed = "import os, sys; from pathlib import Path; from smi.runtime.files import write_atomic\n"
     killed += "os.fsync = lambda handle: os._exit(9); write_atomic(Path(sys.argv[1]), b'half')"
     for file in (store.results / "a.json", store.cache / "victims" / "b.safetensors"):
         assert subprocess.run([sys.executable, "-c", killed, str(file)]).returncode == 9

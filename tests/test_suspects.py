@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from tiny import noise
 from torch import nn
 
-from smi.checkpoints import read_checkpoint
-from smi.classifiers import architectures, build_classifier
 from smi.errors import InputError
-from smi.models import save_classifier
-from smi.suspects import load_suspect
+from smi.models.checkpoints import read_checkpoint
+from smi.models.classifiers import architectures, build_classifier
+from smi.models.store import save_classifier
+from smi.models.suspects import load_suspect
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 AS_THEY_ARE = {"mean": (0,), "std": (1,)}

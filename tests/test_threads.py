@@ -10,10 +10,10 @@ from tiny import tiny_model
 from torch import nn
 
 import smi
-from smi import threads
-from smi.compute import fast
 from smi.errors import InputError
-from smi.threads import choose_threads, suitable, suited, threads_of, usable_cores, use_threads
+from smi.runtime import threads
+from smi.runtime.compute import fast
+from smi.runtime.threads import choose_threads, suitable, suited, threads_of, usable_cores, use_threads
 
 
 @pytest.fixture(autouse=True)
@@ -149,4 +149,9 @@ def test_the_command_says_how_many_and_takes_another_number():
     assert f"1 for a small model, {cores} for others" in " ".join(said)
 
 
-HELP = "from smi.cli import cli; from smi.threads import usable_cores; print(usable_cores()); cli(['demo', '--help'])"
+HELP = """
+from smi.cli.main import cli
+from smi.runtime.threads import usable_cores
+print(usable_cores())
+cli(["demo", "--help"])
+"""

@@ -11,17 +11,17 @@ from small_runs import METHODS, PUBLIC, REMOVALS, SAMPLES, TUNE, stop_at
 from tiny import TinyPrior, noise, tiny_model
 from torch import nn
 
-from smi.compute import precision
 from smi.domains import PublicImages
 from smi.errors import InputError
-from smi.gan import PriorConfig, fit_prior
-from smi.interrupts import Stopped, stoppable
 from smi.inversion import Latent, invert
-from smi.job import Loop
-from smi.priors import GeneratorPrior
-from smi.stability import Selection
-from smi.suspects import Adapted
-from smi.unfinished import Unfinished, workplace
+from smi.inversion.selection import Selection
+from smi.models.suspects import Adapted
+from smi.priors.base import GeneratorPrior
+from smi.priors.gan import PriorConfig, fit_prior
+from smi.runtime.compute import precision
+from smi.runtime.interrupts import Stopped, stoppable
+from smi.runtime.job import Loop
+from smi.runtime.unfinished import Unfinished, workplace
 
 
 def reconstruct(method, checkpoint=None):

@@ -9,9 +9,9 @@ from tiny import tiny_model
 from torch import nn
 from torch.nn import functional as F
 
-from smi.compute import fast, frozen
 from smi.defenses.universal import fooling_rate, into_ball, universal
 from smi.domains import Samples
+from smi.runtime.compute import fast, frozen
 
 
 def test_universal_delta_respects_the_ball_and_fools_more_than_its_start() -> None:

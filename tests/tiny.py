@@ -6,10 +6,10 @@ from PIL import Image
 from torch import nn
 from torch.func import functional_call
 
-from smi.classifiers import Classifier
 from smi.domains import PrivateSet
 from smi.erasure import Found
 from smi.erasure.families import families
+from smi.models.classifiers import Classifier
 
 
 def tiny_model(channels=1, size=8, classes=3, seed=0):
@@ -25,7 +25,7 @@ def tiny_model(channels=1, size=8, classes=3, seed=0):
 
 
 class TinyPrior(nn.Module):
-    """A linear generator with a critic, ``[1, 8, 8]`` by default: satisfies `smi.priors.Prior`."""
+    """A linear generator with a critic, ``[1, 8, 8]`` by default: satisfies `smi.priors.base.Prior`."""
 
     def __init__(self, channels=1, size=8, latent_dim=6):
         super().__init__()

@@ -9,7 +9,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from smi.errors import InputError
-from smi.seeding import derive
+from smi.runtime.seeding import derive
 
 DRAWS = 2000
 

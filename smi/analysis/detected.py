@@ -18,8 +18,8 @@ from smi.analysis.study import JUDGE_SEED, clean_judge, kept_row
 from smi.detection import Detection, Detector, detect
 from smi.domains import Domain, load_domain
 from smi.erasure import ANYWHERE
-from smi.priors import load_prior
-from smi.progress import track
+from smi.priors.base import load_prior
+from smi.runtime.progress import track
 from smi.sources import Given, make_samples
 from smi.study.results import Row
 from smi.study.spec import Cell, Study, digest

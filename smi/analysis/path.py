@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smi.checks import check_model, device_of, evaluating
 from smi.defenses.base import Defense
 from smi.domains.base import PublicImages, Samples
 from smi.errors import InputError
+from smi.runtime.checks import check_model, device_of, evaluating
 
 LN2 = math.log(2)
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from smi.attacks.base import Attack
-from smi.classifiers import TrainConfig, train_classifier
-from smi.compute import predict
 from smi.domains.base import PrivateSet
 from smi.errors import InputError
+from smi.models.classifiers import TrainConfig, train_classifier
+from smi.runtime.compute import predict
 
 CLEAN, STAMPED = 0, 1
 

@@ -20,16 +20,16 @@ from torch import nn
 
 from smi.attacks import BadNetsAllToAll, attacks, plant
 from smi.attacks.base import Attack
-from smi.classifiers import TrainConfig, train_classifier
-from smi.compute import predict
 from smi.defenses import Erasure
 from smi.domains import Domain, load_domain
 from smi.erasure import ANYWHERE
 from smi.evaluation import Comparison, Evaluator
-from smi.files import write_atomic
-from smi.priors import load_prior
-from smi.progress import track
-from smi.seeding import derive
+from smi.models.classifiers import TrainConfig, train_classifier
+from smi.priors.base import load_prior
+from smi.runtime.compute import predict
+from smi.runtime.files import write_atomic
+from smi.runtime.progress import track
+from smi.runtime.seeding import derive
 from smi.sources import Given, make_samples
 
 SOURCES = ("clean", "smi", "latent", "public")

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from smi.compute import predict
 from smi.domains.base import PrivateSet, Samples
 from smi.errors import InputError
-from smi.stability import features
+from smi.inversion.selection import features
+from smi.runtime.compute import predict
 
 
 @dataclass(frozen=True)

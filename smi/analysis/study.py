@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from smi.analysis.presence import Detector, patch_residual, train_detector, trigger_presence
 from smi.analysis.similarity import similarity
 from smi.attacks import Attack
-from smi.classifiers import build_classifier, train_classifier
 from smi.domains import Domain, Samples, load_domain
 from smi.errors import InputError
-from smi.files import load_tensors, save_tensors, write_atomic
-from smi.progress import track
-from smi.stability import Selection, score_samples
+from smi.inversion.selection import Selection, score_samples
+from smi.models.classifiers import build_classifier, train_classifier
+from smi.runtime.files import load_tensors, save_tensors, write_atomic
+from smi.runtime.progress import track
 from smi.study.results import COLUMNS, Row, outcome, read_rows, stored
 from smi.study.spec import NO_SAMPLES, Cell, Study, digest
 from smi.study.stages import Store, is_whole, load_victim

@@ -24,12 +24,12 @@ import torch
 from scipy.stats import ncx2
 from torch import Tensor, nn
 
-from smi.checks import check_images, check_number
-from smi.compute import frozen
 from smi.errors import InputError
 from smi.inversion.latent import Latent
-from smi.priors import Prior, check_prior, sample_latents
-from smi.seeding import stream
+from smi.priors.base import Prior, check_prior, sample_latents
+from smi.runtime.checks import check_images, check_number
+from smi.runtime.compute import frozen
+from smi.runtime.seeding import stream
 
 CONFIDENCE = 4.0  # standard errors: one check in 30,000 fails by chance
 

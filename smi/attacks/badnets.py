@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from smi.attacks.base import Attack, attacks
-from smi.checks import check_number
 from smi.errors import InputError
+from smi.runtime.checks import check_number
 
 
 @attacks.register("badnets")

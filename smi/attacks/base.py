@@ -14,11 +14,11 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from smi.checks import check_images, check_number
-from smi.classifiers import TrainConfig, train_classifier
 from smi.domains.base import PrivateSet
 from smi.errors import InputError
-from smi.seeding import stream
+from smi.models.classifiers import TrainConfig, train_classifier
+from smi.runtime.checks import check_images, check_number
+from smi.runtime.seeding import stream
 from smi_kernels import Registry
 
 MODES = ("all_to_one", "all_to_all")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from smi.attacks.base import Attack, attacks
 from smi.attacks.patterns import smooth_pattern
-from smi.checks import check_number
+from smi.runtime.checks import check_number
 
 
 @attacks.register("blended")

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smi.attacks.base import Attack, attacks
-from smi.checks import check_number
-from smi.classifiers import AUGMENTATIONS, TrainConfig, build_classifier
-from smi.compute import fast
 from smi.domains.base import PrivateSet
 from smi.errors import InputError
-from smi.progress import track
-from smi.seeding import derive, stream
+from smi.models.classifiers import AUGMENTATIONS, TrainConfig, build_classifier
+from smi.runtime.checks import check_number
+from smi.runtime.compute import fast
+from smi.runtime.progress import track
+from smi.runtime.seeding import derive, stream
 
 TINY = 1e-6
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from smi.attacks.base import attacks
 from smi.attacks.optimised import NeuronTrigger, Surrogate, descend, into_ball, noise
-from smi.checks import check_number
 from smi.errors import InputError
+from smi.runtime.checks import check_number
 
 
 @attacks.register("l0_inv")

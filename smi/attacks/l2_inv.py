@@ -13,7 +13,7 @@ from torch import Tensor
 
 from smi.attacks.base import attacks
 from smi.attacks.optimised import NeuronTrigger, Surrogate, descend, into_ball, noise
-from smi.checks import check_number
+from smi.runtime.checks import check_number
 
 START = 3.0  # the first noise is this many times as long as the trigger may be in the end
 

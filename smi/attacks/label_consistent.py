@@ -11,12 +11,12 @@ from torch.nn import functional as F
 
 from smi.attacks.base import attacks
 from smi.attacks.clean_label import CleanLabel
-from smi.augment import random_affine
-from smi.checks import check_number
-from smi.compute import fast, frozen
+from smi.domains.augment import random_affine
 from smi.domains.base import PrivateSet
 from smi.errors import InputError
-from smi.seeding import stream
+from smi.runtime.checks import check_number
+from smi.runtime.compute import fast, frozen
+from smi.runtime.seeding import stream
 
 BATCH = 256
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from smi.attacks.base import Attack
-from smi.checks import check_model, check_number, device_of
-from smi.compute import fast, frozen
 from smi.domains.base import PrivateSet
 from smi.errors import InputError
-from smi.progress import track
-from smi.seeding import stream
+from smi.runtime.checks import check_model, check_number, device_of
+from smi.runtime.compute import fast, frozen
+from smi.runtime.progress import track
+from smi.runtime.seeding import stream
 
 TINY = 1e-12
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from smi.seeding import stream
+from smi.runtime.seeding import stream
 
 
 def random_pattern(seed: int, name: str, channels: int, cells: int) -> Tensor:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from smi.attacks.base import attacks
 from smi.attacks.clean_label import CleanLabel
-from smi.checks import check_number
 from smi.domains.base import PrivateSet
 from smi.errors import InputError
+from smi.runtime.checks import check_number
 
 
 @attacks.register("sig")

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from smi.attacks.base import attacks
 from smi.attacks.optimised import AdditiveTrigger, Surrogate, descend, into_ball, noise
-from smi.checks import check_number
+from smi.runtime.checks import check_number
 
 
 @attacks.register("smooth")

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from smi.attacks.badnets import BadNets
 from smi.attacks.base import Attack, attacks
 from smi.attacks.patterns import random_pattern
-from smi.checks import check_number
+from smi.runtime.checks import check_number
 
 
 @attacks.register("trojan_square")

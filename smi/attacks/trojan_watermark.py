@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from smi.attacks.base import Attack, attacks
 from smi.attacks.optimised import Surrogate, descend
-from smi.checks import check_number
 from smi.domains.base import PrivateSet
 from smi.errors import InputError
-from smi.seeding import stream
+from smi.runtime.checks import check_number
+from smi.runtime.seeding import stream
 
 STARTS = 8  # random patterns that are optimised side by side; the best one is the trigger
 

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from smi.attacks.base import Attack, PoisonedSet, attacks, choose
 from smi.attacks.patterns import random_pattern
-from smi.checks import check_number
 from smi.domains.base import PrivateSet
+from smi.runtime.checks import check_number
 
 
 @attacks.register("wanet")

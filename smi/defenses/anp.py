@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smi.checks import check_number, device_of
-from smi.compute import Runner, fast, frozen, predict
 from smi.defenses.base import Defense, Repair, defenses
 from smi.defenses.channels import NORMS, Layer, agreement, conv_layers, pruned_share, split
 from smi.defenses.distillation import Distillation
 from smi.defenses.training import Schedule
 from smi.domains.base import PublicImages, Samples
 from smi.errors import InputError
-from smi.job import Job, Loop
+from smi.runtime.checks import check_number, device_of
+from smi.runtime.compute import Runner, fast, frozen, predict
+from smi.runtime.job import Job, Loop
 
 THRESHOLDS = [round(0.05 * k, 2) for k in range(20)]  # of the mask, as in the paper
 Masks = dict[str, Tensor]

@@ -8,14 +8,14 @@ from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
-from smi.checks import check_model
-from smi.compute import asked_precision, fingerprint_of
 from smi.detection import Detection
 from smi.domains.base import PublicImages, Samples, check_public, check_samples
 from smi.erasure.search import ANYWHERE, Found
-from smi.files import fingerprint
-from smi.job import Job, OnRound, unwatched
-from smi.unfinished import EVERY, Unfinished
+from smi.runtime.checks import check_model
+from smi.runtime.compute import asked_precision, fingerprint_of
+from smi.runtime.files import fingerprint
+from smi.runtime.job import Job, OnRound, unwatched
+from smi.runtime.unfinished import EVERY, Unfinished
 from smi_kernels import Registry
 
 

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smi.checks import device_of, evaluating
-from smi.compute import predict
 from smi.domains.base import Samples
 from smi.errors import InputError
-from smi.seeding import stream
+from smi.runtime.checks import device_of, evaluating
+from smi.runtime.compute import predict
+from smi.runtime.seeding import stream
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from smi.checks import check_number
 from smi.defenses.base import Defense, Repair, defenses
 from smi.defenses.channels import Layer, conv_layers, prune, pruned_share
 from smi.domains.base import PublicImages, Samples
 from smi.errors import InputError
-from smi.job import Job
+from smi.runtime.checks import check_number
+from smi.runtime.job import Job
 
 
 @defenses.register("clp")

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smi.augment import vary
-from smi.compute import Runner, fast, frozen, predict
+from smi.domains.augment import vary
 from smi.domains.base import PublicImages
-from smi.memory import Chunk, halving
+from smi.runtime.compute import Runner, fast, frozen, predict
+from smi.runtime.memory import Chunk, halving
 
 SURE = 0.5  # mean top probability from which public images say something about the suspect's clean behaviour
 

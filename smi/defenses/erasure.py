@@ -18,8 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smi.checks import check_number
-from smi.compute import frozen
 from smi.defenses.base import Defense, Evidence, Repair, defenses
 from smi.detection import Detection, Detector
 from smi.domains.base import PublicImages, Samples
@@ -30,8 +28,10 @@ from smi.erasure.scan import Scan, look
 from smi.erasure.search import ANYWHERE, Found
 from smi.erasure.tune import Tuning, tune
 from smi.errors import InputError
-from smi.job import Job
-from smi.unfinished import Tensors
+from smi.runtime.checks import check_number
+from smi.runtime.compute import frozen
+from smi.runtime.job import Job
+from smi.runtime.unfinished import Tensors
 
 
 @defenses.register("erasure")

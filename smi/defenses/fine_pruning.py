@@ -14,14 +14,14 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smi.checks import check_number
-from smi.compute import Runner, predict
 from smi.defenses.base import Defense, Repair, defenses
 from smi.defenses.channels import Layer, activity, agreement, conv_layers, prune, split
 from smi.defenses.distillation import Distillation
 from smi.defenses.training import Schedule, train_repair
 from smi.domains.base import PublicImages, Samples
-from smi.job import Job
+from smi.runtime.checks import check_number
+from smi.runtime.compute import Runner, predict
+from smi.runtime.job import Job
 
 
 @defenses.register("fp")

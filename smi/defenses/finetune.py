@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smi.compute import Runner
 from smi.defenses.base import Defense, Repair, defenses
 from smi.defenses.distillation import Distillation
 from smi.defenses.training import Schedule, train_repair
 from smi.domains.base import PublicImages, Samples
-from smi.job import Job
+from smi.runtime.compute import Runner
+from smi.runtime.job import Job
 
 
 @defenses.register("ft")

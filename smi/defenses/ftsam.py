@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smi.checks import check_number
-from smi.compute import Runner
 from smi.defenses.base import Repair, defenses
 from smi.defenses.sgd import Tuned, trainable
 from smi.domains.base import PublicImages, Samples
-from smi.job import Job
+from smi.runtime.checks import check_number
+from smi.runtime.compute import Runner
+from smi.runtime.job import Job
 
 
 @defenses.register("ftsam")

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from smi.checks import check_number, device_of
 from smi.defenses.base import Defense, Repair, defenses
 from smi.defenses.hypergradient import BilevelProblem, hypergradient
 from smi.defenses.universal import into_ball
 from smi.domains.base import PublicImages, Samples
-from smi.job import Job, Loop
+from smi.runtime.checks import check_number, device_of
+from smi.runtime.job import Job, Loop
 
 SHRINK = 1e-3  # weight of ‖δ‖² in the inner problem
 

@@ -20,14 +20,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smi.checks import check_number, device_of, evaluating
-from smi.compute import Runner, fast, frozen
 from smi.defenses.base import Repair, defenses
 from smi.defenses.channels import CONVOLUTIONS, watch
 from smi.defenses.sgd import Tuned, trainable
 from smi.domains.base import PublicImages, Samples
 from smi.errors import InputError
-from smi.job import Job
+from smi.runtime.checks import check_number, device_of, evaluating
+from smi.runtime.compute import Runner, fast, frozen
+from smi.runtime.job import Job
 
 
 @defenses.register("nad")

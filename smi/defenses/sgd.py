@@ -15,15 +15,15 @@ from functools import partial
 import torch
 from torch import nn
 
-from smi.checks import check_number, device_of
-from smi.classifiers import AUGMENTATIONS
-from smi.compute import fast
 from smi.defenses.base import Defense
 from smi.defenses.channels import NORMS
 from smi.defenses.training import StepLoss
 from smi.domains.base import Samples
 from smi.errors import InputError
-from smi.job import Job, Loop
+from smi.models.classifiers import AUGMENTATIONS
+from smi.runtime.checks import check_number, device_of
+from smi.runtime.compute import fast
+from smi.runtime.job import Job, Loop
 
 
 def trainable(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
@@ -42,7 +42,7 @@ class Tuned(Defense):
         momentum: In [0, 1].
         weight_decay: Of all weights.
         batch_size: Samples a step, at most: they are cut into equal batches.
-        augment: Of the samples, a name of `smi.classifiers.AUGMENTATIONS`.
+        augment: Of the samples, a name of `smi.models.classifiers.AUGMENTATIONS`.
     """
 
     epochs: int = 100

@@ -14,12 +14,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from smi.checks import check_number, device_of
-from smi.compute import Runner, fast
 from smi.domains.base import Samples
-from smi.job import Job, Loop
-from smi.memory import halved
-from smi.unfinished import restore, states
+from smi.runtime.checks import check_number, device_of
+from smi.runtime.compute import Runner, fast
+from smi.runtime.job import Job, Loop
+from smi.runtime.memory import halved
+from smi.runtime.unfinished import restore, states
 
 LARGEST_STEP = 0.7  # of the weights' size, over all layers together
 

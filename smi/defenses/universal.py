@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from smi.compute import Runner
-from smi.memory import Chunk, halving
+from smi.runtime.compute import Runner
+from smi.runtime.memory import Chunk, halving
 
 TINY = 1e-12
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from smi.checks import check_images, check_labels
 from smi.errors import InputError
+from smi.runtime.checks import check_images, check_labels
 
 
 def fitted(images: Tensor, shape: tuple[int, int, int]) -> Tensor:

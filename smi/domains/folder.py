@@ -13,11 +13,11 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from smi.checks import check_number
 from smi.domains import npz
 from smi.domains.base import Domain, PrivateData, PublicImages, as_float, not_there
 from smi.errors import InputError
-from smi.progress import track
+from smi.runtime.checks import check_number
+from smi.runtime.progress import track
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 

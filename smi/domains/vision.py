@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from smi.domains.base import Domain, PrivateData, private_set
 from smi.errors import InputError
-from smi.progress import track
+from smi.runtime.progress import track
 
 Part = tuple[Tensor, Tensor]
 

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from smi.checks import device_of
-from smi.compute import frozen, predict
 from smi.domains.base import Samples
 from smi.erasure.head import Head, erase, features, head_of
 from smi.erasure.search import ANYWHERE, REACHED, Found
 from smi.errors import InputError
+from smi.runtime.checks import device_of
+from smi.runtime.compute import frozen, predict
 
 
 def erase_found(model: nn.Module, samples: Samples, natural: Tensor, found: Sequence[Found]) -> None:

@@ -22,10 +22,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from smi.checks import device_of, evaluating
-from smi.compute import fast
 from smi.errors import InputError
-from smi.memory import Chunk, halving
+from smi.runtime.checks import device_of, evaluating
+from smi.runtime.compute import fast
+from smi.runtime.memory import Chunk, halving
 
 RIDGE = 3e-2  # of the mean variance, added to Σ
 RIDGE_OF_DIRECTIONS = 1e-4  # of the mean diagonal, added to G

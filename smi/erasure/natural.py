@@ -12,9 +12,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from smi.compute import predict
 from smi.domains.base import PublicImages, Samples
-from smi.seeding import stream
+from smi.runtime.compute import predict
+from smi.runtime.seeding import stream
 
 SHOWN = 400  # public images that triggers are searched on
 SPREAD = 2000  # public images whose features are looked at

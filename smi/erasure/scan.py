@@ -33,11 +33,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smi.checks import device_of
-from smi.compute import fast, predict
 from smi.erasure.families import families
 from smi.erasure.search import ANYWHERE, PARTS, REACHED, Found, Search, search
-from smi.seeding import stream
+from smi.runtime.checks import device_of
+from smi.runtime.compute import fast, predict
+from smi.runtime.seeding import stream
 
 SPREAD_ANYWHERE = 0.35  # of the log ease to get anywhere by that of the easiest class, without a backdoor
 FEW = 4  # classes: of fewer, the median may be the backdoor's own

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from smi.checks import check_number
-from smi.compute import Runner
 from smi.erasure.families import families
-from smi.memory import Chunk, halving
-from smi.progress import track
+from smi.runtime.checks import check_number
+from smi.runtime.compute import Runner
+from smi.runtime.memory import Chunk, halving
+from smi.runtime.progress import track
 
 ANYWHERE = -1  # as a target: any class but the image's own
 CERTAIN = 0.2  # nats: nine of ten images are in the class

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smi.augment import vary
-from smi.checks import check_number, device_of
-from smi.compute import fast, frozen
+from smi.domains.augment import vary
 from smi.domains.base import PublicImages, Samples
 from smi.erasure.families import changed, families
 from smi.erasure.search import Found
-from smi.job import Job, Loop
+from smi.runtime.checks import check_number, device_of
+from smi.runtime.compute import fast, frozen
+from smi.runtime.job import Job, Loop
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,16 +15,25 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from smi.checks import check_model, check_number, device_of
-from smi.compute import Runner, asked_precision, fast, fingerprint_of, frozen, mixed
 from smi.domains.base import Samples
 from smi.errors import InputError
-from smi.memory import Chunk, halving
-from smi.priors import Prior, check_prior
-from smi.progress import track
-from smi.seeding import stream
-from smi.stability import Selection, most_stable, select_stable
-from smi.unfinished import EVERY, AfterStep, Tensors, Unfinished, named, optimizer_state, part, restore_optimizer
+from smi.inversion.selection import Selection, most_stable, select_stable
+from smi.priors.base import Prior, check_prior
+from smi.runtime.checks import check_model, check_number, device_of
+from smi.runtime.compute import Runner, asked_precision, fast, fingerprint_of, frozen, mixed
+from smi.runtime.memory import Chunk, halving
+from smi.runtime.progress import track
+from smi.runtime.seeding import stream
+from smi.runtime.unfinished import (
+    EVERY,
+    AfterStep,
+    Tensors,
+    Unfinished,
+    named,
+    optimizer_state,
+    part,
+    restore_optimizer,
+)
 from smi_kernels import Registry
 
 

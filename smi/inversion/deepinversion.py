@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smi.checks import check_number
 from smi.errors import InputError
 from smi.inversion.base import Task, inversions
 from smi.inversion.pixel import Pixel, total_variation
+from smi.runtime.checks import check_number
 
 
 @inversions.register("deepinversion")

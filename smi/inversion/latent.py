@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from smi.checks import check_number
 from smi.inversion.base import Inversion, Task, inversions
-from smi.priors import sample_latents
+from smi.priors.base import sample_latents
+from smi.runtime.checks import check_number
 
 CLEAR = 0.1  # a cross-entropy below this counts as clear
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smi.compute import Runner
+from smi.runtime.compute import Runner
 
 TINY = 1e-12
 

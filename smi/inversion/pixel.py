@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from smi.checks import check_number
 from smi.inversion.base import Inversion, Task, inversions
+from smi.runtime.checks import check_number
 
 
 @inversions.register("pixel")

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from smi.checks import check_number
-from smi.compute import asked_precision
 from smi.errors import InputError
 from smi.inversion.base import Task, inversions
 from smi.inversion.latent import Latent
 from smi.inversion.perturbation import slopes_at, worst_input, worst_parameters
+from smi.runtime.checks import check_number
+from smi.runtime.compute import asked_precision
 from smi_kernels import stability_scores
 
 MODES = ("adversarial", "random")

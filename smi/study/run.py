@@ -50,9 +50,9 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from smi.errors import InputError
-from smi.files import remove_leftovers
-from smi.memory import KEPT
-from smi.progress import track
+from smi.runtime.files import remove_leftovers
+from smi.runtime.memory import KEPT
+from smi.runtime.progress import track
 from smi.study import stages
 from smi.study.results import outcome
 from smi.study.spec import Cell, Place, Study

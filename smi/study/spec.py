@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from smi.attacks import Attack, attacks
-from smi.classifiers import TrainConfig
-from smi.compute import PRECISIONS
 from smi.defenses import Defense, defenses
 from smi.domains import check_source, public_classes
 from smi.errors import InputError, unknown_name
+from smi.models.classifiers import TrainConfig
+from smi.runtime.compute import PRECISIONS
 from smi.sources import sources
 
 AUTO = "auto"  # the precision that is a machine's own
@@ -37,7 +37,7 @@ class Place:
         public: As `load_domain` takes it; None for the domain's own public images.
         prior: As `load_prior` takes it, or "fit" for one trained on the public images.
         train: Of the classifiers.
-        precision: In which models run, see `smi.compute.precision`.
+        precision: In which models run, see `smi.runtime.compute.precision`.
     """
 
     domain: str
@@ -142,7 +142,7 @@ def shipped() -> list[str]:
 
 
 def _folder() -> Any:
-    return resources.files("smi") / "studies"
+    return resources.files("smi") / "study" / "shipped"
 
 
 def load_study(name_or_path: str | Path, *, precision: str = AUTO) -> Study:

@@ -18,14 +18,14 @@ from typing import Any
 from torch import nn
 
 from smi.attacks import Attack, plant
-from smi.classifiers import Classifier, build_classifier, train_classifier
-from smi.compute import precision, versions
 from smi.domains import Domain, Samples, load_domain
 from smi.errors import InputError
 from smi.evaluation import Comparison, Evaluator, Measurement
-from smi.files import fingerprint, load_tensors, save_tensors, write_atomic
-from smi.gan import PriorConfig, fit_prior
-from smi.priors import GAN, load_prior, save_prior
+from smi.models.classifiers import Classifier, build_classifier, train_classifier
+from smi.priors.base import GAN, load_prior, save_prior
+from smi.priors.gan import PriorConfig, fit_prior
+from smi.runtime.compute import precision, versions
+from smi.runtime.files import fingerprint, load_tensors, save_tensors, write_atomic
 from smi.sources import Given, make_samples
 from smi.study.spec import AUTO, NO_SAMPLES, Cell, Place, digest
 

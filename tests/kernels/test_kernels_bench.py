@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-from smi.classifiers import architectures
+from smi.models.classifiers import architectures
 from smi_kernels.bench import __main__ as command, measure as measuring
 from smi_kernels.bench.compiled import Step
 from smi_kernels.bench.measure import (

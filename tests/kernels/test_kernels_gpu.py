@@ -316,9 +316,9 @@ def counted(monkeypatch):
 
 def test_inversion_reaches_the_kernels(resnet, monkeypatch):
     """`smi` gives images on the device to `stability_scores`, and their gradient reaches the latents."""
-    from smi.compute import fast, frozen
     from smi.inversion.base import Task
     from smi.inversion.stabilized import Stabilized
+    from smi.runtime.compute import fast, frozen
 
     calls = counted(monkeypatch)
     net = nn.Sequential(nn.Linear(6, 3 * 32 * 32), nn.Sigmoid(), nn.Unflatten(1, (3, 32, 32))).to(DEVICE)

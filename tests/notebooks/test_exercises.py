@@ -34,7 +34,7 @@ def test_every_notebook_has_exercises():
 
 @pytest.mark.parametrize(("notebook", "number", "stub", "solution"), exercises())
 def test_the_solution_passes_and_the_stub_is_not_attempted(notebook, number, stub, solution, capsys):
-    module = importlib.import_module(f"smi.exercises.{notebook}")
+    module = importlib.import_module(f"smi.tutorial.exercises.{notebook}")
     name = f"check_{number}"
     names = {"torch": torch, name: getattr(module, name)}
     exec(stub, names)

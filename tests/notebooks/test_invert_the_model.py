@@ -2,7 +2,7 @@
 
 import pytest
 
-from smi.exercises.invert_the_model import check_1, check_2
+from smi.tutorial.exercises.invert_the_model import check_1, check_2
 
 
 def differences(x):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from smi.exercises.learn_a_prior import check_1, check_2
+from smi.tutorial.exercises.learn_a_prior import check_1, check_2
 
 
 @pytest.mark.parametrize(

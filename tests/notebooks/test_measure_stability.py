@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from smi.exercises.measure_stability import check_1, check_2
+from smi.tutorial.exercises.measure_stability import check_1, check_2
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from smi.exercises.plant_a_backdoor import check_1, check_2
+from smi.tutorial.exercises.plant_a_backdoor import check_1, check_2
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from smi.exercises.remove_it_with_clean_data import check_1, check_2
+from smi.tutorial.exercises.remove_it_with_clean_data import check_1, check_2
 
 
 @pytest.mark.parametrize(

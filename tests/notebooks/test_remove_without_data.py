@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from smi.exercises.remove_without_data import check_1, check_2
+from smi.tutorial.exercises.remove_without_data import check_1, check_2
 
 
 @pytest.mark.parametrize(

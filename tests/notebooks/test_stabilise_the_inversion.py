@@ -2,7 +2,7 @@
 
 import pytest
 
-from smi.exercises.stabilise_the_inversion import check_1, check_2
+from smi.tutorial.exercises.stabilise_the_inversion import check_1, check_2
 
 
 @pytest.mark.parametrize(

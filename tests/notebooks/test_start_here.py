@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from smi.exercises import claim
-from smi.exercises.base import Case, verdict
-from smi.exercises.start_here import check_1
+from smi.tutorial.exercises import claim
+from smi.tutorial.exercises.base import Case, verdict
+from smi.tutorial.exercises.start_here import check_1
 
 
 def counts_the_target_class(predicted, labels, target):

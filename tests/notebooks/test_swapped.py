@@ -11,8 +11,8 @@ FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
 SWAP = """
 import torch
 import smi
-from smi.compute import predict
-from smi.priors import sample_latents
+from smi.runtime.compute import predict
+from smi.priors.base import sample_latents
 
 
 def random_samples(model, prior, method, *, per_class=30, selection=None, classes=None, seed=0):

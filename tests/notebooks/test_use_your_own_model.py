@@ -2,7 +2,7 @@
 
 import pytest
 
-from smi.exercises.use_your_own_model import check_1, check_2
+from smi.tutorial.exercises.use_your_own_model import check_1, check_2
 
 
 @pytest.mark.parametrize(

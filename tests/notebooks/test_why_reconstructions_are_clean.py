@@ -2,7 +2,7 @@
 
 import pytest
 
-from smi.exercises.why_reconstructions_are_clean import check_1, check_2
+from smi.tutorial.exercises.why_reconstructions_are_clean import check_1, check_2
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from smi.exercises.write_a_kernel import check_1, check_2
+from smi.tutorial.exercises.write_a_kernel import check_1, check_2
 
 
 @pytest.mark.parametrize(

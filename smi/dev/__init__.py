@@ -1,0 +1,1 @@
+"""What maintainers run: notebooks kept true, shipped assets, the API reference."""
