@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from smi import attacks as attacks, defenses as defenses
     from smi.attacks import plant as plant, poison as poison
+    from smi.demo import DemoConfig as DemoConfig, run_demo as run_demo
     from smi.detection import detect as detect
     from smi.domains import (
         Domain as Domain,
@@ -36,12 +37,7 @@ if TYPE_CHECKING:
     )
     from smi.models.store import load_classifier as load_classifier, save_classifier as save_classifier
     from smi.models.suspects import load_suspect as load_suspect
-    from smi.pipeline import (
-        Cleaned as Cleaned,
-        DemoConfig as DemoConfig,
-        remove_backdoor as remove_backdoor,
-        run_demo as run_demo,
-    )
+    from smi.pipeline import Cleaned as Cleaned, remove_backdoor as remove_backdoor
     from smi.priors.base import (
         GeneratorPrior as GeneratorPrior,
         Prior as Prior,
@@ -65,7 +61,8 @@ _HOMES = {
     "smi.priors.gan": "PriorConfig fit_prior",
     "smi.inversion": "Latent Pixel Stabilized invert",
     "smi.models.store": "load_classifier save_classifier",
-    "smi.pipeline": "Cleaned DemoConfig remove_backdoor run_demo",
+    "smi.demo": "DemoConfig run_demo",
+    "smi.pipeline": "Cleaned remove_backdoor",
     "smi.priors.base": "GeneratorPrior Prior load_generator load_prior save_prior",
     "smi.inversion.selection": "Selection select_stable",
     "smi.models.suspects": "load_suspect",

@@ -5,12 +5,13 @@ from tiny import noise
 
 from smi.attacks import BadNets
 from smi.defenses import Repair
+from smi.demo import Demo, Row
 from smi.domains import Domain, PrivateData, PrivateSet, PublicImages, Samples
 from smi.evaluation import Comparison, Measurement
 from smi.models.classifiers import build_classifier
 from smi.models.store import save_classifier
 from smi.models.suspects import Suspect
-from smi.pipeline import Cleaned, Demo, Row
+from smi.pipeline import Cleaned
 from smi.report.removal import Removal
 
 NASTY = ("<script>alert(1)</script>", "$\\frac{1}$ & \"quoted\" 'name'", "三")

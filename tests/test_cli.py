@@ -12,6 +12,7 @@ import torch
 from click.testing import CliRunner
 from small_runs import REMOVALS
 
+import smi.demo
 import smi.detection
 import smi.domains
 import smi.models.suspects
@@ -86,7 +87,7 @@ def test_defaults_agree_with_the_library():
 def test_demo_prints_the_table_and_says_where_files_went(here, monkeypatch):
     monkeypatch.setattr(smi.priors.base, "load_prior", lambda name: GAN(1))
     monkeypatch.setattr(smi.domains, "load_domain", lambda name: fake_run.domain())
-    monkeypatch.setattr(smi.pipeline, "run_demo", lambda domain, prior, **options: fake_run.demo())
+    monkeypatch.setattr(smi.demo, "run_demo", lambda domain, prior, **options: fake_run.demo())
     result = smi_run("demo", "--seed", 3)
     assert result.exit_code == 0, result.output
     assert "SMI, no clean data" in result.output

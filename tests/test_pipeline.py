@@ -11,12 +11,15 @@ from tiny import TinyPrior, tiny_model
 import smi
 from smi.attacks import BadNets
 from smi.defenses import Erasure
+from smi.demo import Demo, DemoConfig, run_demo
 from smi.detection import Detector
 from smi.domains import Domain, PrivateData, PrivateSet, PublicImages
 from smi.erasure import Search, Tuning
 from smi.inversion import Stabilized, invert
 from smi.models.classifiers import TrainConfig
-from smi.pipeline import HELD_OUT, Clock, DemoConfig, held_out_samples, pseudo_labelled, run_demo
+from smi.pipeline import HELD_OUT, held_out_samples
+from smi.runtime.progress import Clock
+from smi.sources import pseudo_labelled
 
 QUICK = Detector(search=Search(families=("additive", "warped"), steps=2, restarts=1))
 DEFENSE = Erasure(detector=QUICK, tuning=Tuning(steps=2), targets=(1,))
@@ -102,7 +105,7 @@ def test_misfits_are_found_before_any_work(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.fixture(scope="module")
-def demo() -> smi.pipeline.Demo:
+def demo() -> Demo:
     config = DemoConfig(
         train=TrainConfig(epochs=3, batch_size=20, augment="none"), attack=BadNets(target=1, size=2), per_class=4,
         inversion=INVERSION, latent=smi.Latent(steps=2), selection=SELECTION, defense=DEFENSE,
@@ -110,14 +113,14 @@ def demo() -> smi.pipeline.Demo:
     return run_demo(tiny_domain(), TinyPrior(), config, seed=2)
 
 
-def test_the_demo_compares_sources_of_the_same_size(demo: smi.pipeline.Demo) -> None:
+def test_the_demo_compares_sources_of_the_same_size(demo: Demo) -> None:
     assert [row.source for row in demo.rows] == ["public", "latent", "smi", "clean"]
     assert [row.defense for row in demo.rows] == ["erasure"] * 4
     assert len(demo.samples) == 12
     assert demo.samples.labels.tolist() == sorted([0, 1, 2] * 4)
 
 
-def test_the_record_is_complete_and_plain_json(demo: smi.pipeline.Demo) -> None:
+def test_the_record_is_complete_and_plain_json(demo: Demo) -> None:
     record = json.loads(json.dumps(demo.summary()))
     assert {"seed", "n", "before", "after", "controls", "stages", "settings", "versions", "threads"} <= set(record)
     assert set(record["before"]) == {"acc", "asr"}

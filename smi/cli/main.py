@@ -72,8 +72,8 @@ def demo(seed: int, out: Path | None, force: bool, device: str) -> None:
     Example:
       smi demo --seed 7 --out seven
     """
+    from smi.demo import run_demo
     from smi.domains import load_domain
-    from smi.pipeline import run_demo
     from smi.priors.base import load_prior
     from smi.report.removal import table, verdict, write_report
     from smi.runtime.files import claimed
@@ -158,11 +158,12 @@ def remove(
 
     from smi.defenses import defenses
     from smi.models.suspects import load_suspect
-    from smi.pipeline import Clock, held_out_samples, remove_backdoor
+    from smi.pipeline import held_out_samples, remove_backdoor
     from smi.priors.base import GAN, SIZE, save_prior
     from smi.report.removal import Removal, removal_verdict, write_report
     from smi.runtime.checks import check_model
     from smi.runtime.files import ROOM, check_room, claimed
+    from smi.runtime.progress import Clock
     from smi.runtime.unfinished import workplace
 
     _check_prior(prior_name, public_name, prior_steps, own)

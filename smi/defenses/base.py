@@ -67,6 +67,11 @@ class Repair:
     delta: Tensor | None = None
     evidence: Evidence | None = None
 
+    @property
+    def findings(self) -> dict[str, Any]:
+        """What the defense logged, with its name, for a record."""
+        return {"defense": self.defense, **self.log}
+
     def __repr__(self) -> str:
         return f"Repair(by {self.defense} on {self.source} samples)"
 

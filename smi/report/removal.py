@@ -17,13 +17,14 @@ from typing import Any
 from torch import Tensor
 
 from smi.defenses.base import Evidence
+from smi.demo import Demo
 from smi.detection import Detection
 from smi.domains.base import Samples
 from smi.erasure.scan import FEW
 from smi.inversion.selection import kernel_backend, score_samples
 from smi.models.store import save_classifier
 from smi.models.suspects import Suspect
-from smi.pipeline import Cleaned, Demo, findings
+from smi.pipeline import Cleaned
 from smi.report.page import page, paragraph
 from smi.report.sections import (
     RATES,
@@ -108,7 +109,7 @@ class Removal:
             "classes": list(self.suspect.classes),
             "agreement": self.agreement.float().mean().item(),
             "stability": {"median_before": before, "median_after": after},
-            "findings": findings(self.cleaned.repair),
+            "findings": self.cleaned.repair.findings,
             "detection": None if self.found is None else self.found.record(),
             "verdict": removal_verdict(self),
             "stages": self.stages,

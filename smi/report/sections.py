@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from smi.defenses import Repair
 from smi.defenses.base import Evidence
+from smi.demo import Demo, example_stamps
 from smi.detection import Detection
 from smi.domains.base import Samples
 from smi.erasure.scan import Scan
 from smi.erasure.search import ANYWHERE, Found
-from smi.pipeline import Demo, example_stamps
 from smi.plotting import report as figures
 from smi.report.page import details, paragraph, picture, section, table
 from smi.runtime.compute import predict
