@@ -38,6 +38,11 @@ REMOVALS = {
     ),
     "ibau": IBAU(rounds=2),
 }
+ERASURE = Erasure(
+    detector=Detector(search=Search(families=("additive", "warped"), steps=2, restarts=1)),
+    tuning=Tuning(steps=2),
+    targets=(1,),
+)
 
 
 def stop_at(monkeypatch, method, call):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from thirds import rng, samples
+from thirds import QUICK, rng, samples
 from tiny import check_repair, tiny_model
 from torch import nn
 from torch.nn import functional as F
@@ -17,9 +17,6 @@ from smi.domains import PrivateSet, PublicImages, Samples
 from smi.errors import InputError
 from smi.models.classifiers import build_classifier
 from smi.runtime.compute import fast
-
-QUICK = Schedule(rounds=2, batch_size=12, distill=1.0)
-
 
 ALL = [
     FineTune(schedule=QUICK),

@@ -8,8 +8,7 @@ import math
 
 import pytest
 import torch
-from test_defenses import QUICK, rng, samples
-from thirds import thirds
+from thirds import QUICK, rng, samples, thirds
 from tiny import check_repair, tiny_model
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,7 +27,6 @@ from smi.models.classifiers import Classifier, build_classifier
 from smi.models.store import load_classifier
 from smi.runtime.compute import predict
 
-DISTIL = Schedule(rounds=2, batch_size=12, distill=1.0)
 ALL = {
     "fp": FinePrune(schedule=QUICK),
     "nad": NAD(epochs=2, teacher_epochs=1, lr=0.01, batch_size=12),

@@ -6,45 +6,26 @@ import json
 
 import pytest
 import torch
-from tiny import TinyPrior, tiny_model
+from small_runs import ERASURE
+from tiny import TinyPrior, tiny_domain, tiny_model
 
 import smi
 from smi.attacks import BadNets
-from smi.defenses import Erasure
 from smi.demo import Demo, DemoConfig, run_demo
-from smi.detection import Detector
-from smi.domains import Domain, PrivateData, PrivateSet, PublicImages
-from smi.erasure import Search, Tuning
+from smi.domains import Domain, PublicImages
 from smi.inversion import Stabilized, invert
 from smi.models.classifiers import TrainConfig
 from smi.pipeline import HELD_OUT, held_out_samples
 from smi.runtime.progress import Clock
 from smi.sources import pseudo_labelled
 
-QUICK = Detector(search=Search(families=("additive", "warped"), steps=2, restarts=1))
-DEFENSE = Erasure(detector=QUICK, tuning=Tuning(steps=2), targets=(1,))
 INVERSION = smi.Stabilized(steps=4, lr=0.05)
 SELECTION = smi.Selection(oversample=2, k=2)
 
 
-def tiny_domain(size: int = 8) -> Domain:
-    """Three classes told apart by which third is bright; public images are noise."""
-    rng = torch.Generator().manual_seed(1)
-
-    def part(n: int) -> PrivateSet:
-        labels = torch.arange(n) % 3
-        images = 0.3 * torch.rand(n, 1, size, size, generator=rng)
-        for image, label in zip(images, labels.tolist(), strict=True):
-            image[:, :, size * label // 3 : size * (label + 1) // 3] += 0.6
-        return PrivateSet(images, labels, 3)
-
-    public = PublicImages(torch.rand(20, 1, size, size, generator=rng))
-    return Domain("tiny", ("left", "middle", "right"), PrivateData(part(60), part(30)), public)
-
-
 def remove(domain: Domain) -> smi.Cleaned:
     return smi.remove_backdoor(
-        tiny_model(), TinyPrior(), domain.public, inversion=INVERSION, selection=SELECTION, defense=DEFENSE,
+        tiny_model(), TinyPrior(), domain.public, inversion=INVERSION, selection=SELECTION, defense=ERASURE,
         per_class=4, seed=3,
     )  # fmt: skip
 
@@ -62,14 +43,14 @@ def test_removal_is_the_same_with_the_private_data_deleted() -> None:
 
 
 def test_images_of_the_prior_stand_in_where_there_are_no_public_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    shown, real = [], type(DEFENSE)._repair
+    shown, real = [], type(ERASURE)._repair
 
     def repair(self, model, samples, public, seed):  # type: ignore[no-untyped-def]
         shown.append(public)
         return real(self, model, samples, public, seed)
 
-    monkeypatch.setattr(type(DEFENSE), "_repair", repair)
-    given = {"inversion": INVERSION, "selection": SELECTION, "defense": DEFENSE, "per_class": 4}
+    monkeypatch.setattr(type(ERASURE), "_repair", repair)
+    given = {"inversion": INVERSION, "selection": SELECTION, "defense": ERASURE, "per_class": 4}
     for seed in (3, 3, 4):
         smi.remove_backdoor(tiny_model(), TinyPrior(), **given, seed=seed)  # type: ignore[arg-type]
     first, again, other = (one.images for one in shown)
@@ -82,7 +63,7 @@ def test_images_of_the_prior_stand_in_where_there_are_no_public_ones(monkeypatch
 def test_another_seed_gives_another_model() -> None:
     domain = tiny_domain()
     other = smi.remove_backdoor(
-        tiny_model(), TinyPrior(), domain.public, inversion=INVERSION, selection=SELECTION, defense=DEFENSE,
+        tiny_model(), TinyPrior(), domain.public, inversion=INVERSION, selection=SELECTION, defense=ERASURE,
         per_class=4, seed=4,
     )  # fmt: skip
     pairs = zip(remove(domain).model.parameters(), other.model.parameters(), strict=True)
@@ -108,7 +89,7 @@ def test_misfits_are_found_before_any_work(monkeypatch: pytest.MonkeyPatch) -> N
 def demo() -> Demo:
     config = DemoConfig(
         train=TrainConfig(epochs=3, batch_size=20, augment="none"), attack=BadNets(target=1, size=2), per_class=4,
-        inversion=INVERSION, latent=smi.Latent(steps=2), selection=SELECTION, defense=DEFENSE,
+        inversion=INVERSION, latent=smi.Latent(steps=2), selection=SELECTION, defense=ERASURE,
     )  # fmt: skip
     return run_demo(tiny_domain(), TinyPrior(), config, seed=2)
 

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
-from test_pipeline import DEFENSE, tiny_domain
+from small_runs import ERASURE
+from tiny import tiny_domain
 
 import smi
 from smi.analysis import removal_check
@@ -24,7 +25,7 @@ def few(monkeypatch):
 
     monkeypatch.setattr(removal_check, "load_domain", lambda name, **options: tiny_domain(32))
     monkeypatch.setattr(removal_check, "make_samples", make)
-    monkeypatch.setattr(removal_check, "Erasure", lambda detection: replace(DEFENSE, detection=detection))
+    monkeypatch.setattr(removal_check, "Erasure", lambda detection: replace(ERASURE, detection=detection))
     return made
 
 

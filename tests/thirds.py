@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from smi.defenses import Schedule
 from smi.domains import Samples
+
+QUICK = Schedule(rounds=2, batch_size=12, distill=1.0)
 
 
 def samples(n: int = 24, classes: int = 3, size: int = 8, seed: int = 0) -> Samples:

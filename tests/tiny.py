@@ -6,7 +6,7 @@ from PIL import Image
 from torch import nn
 from torch.func import functional_call
 
-from smi.domains import PrivateSet
+from smi.domains import Domain, PrivateData, PrivateSet, PublicImages
 from smi.erasure import Found
 from smi.erasure.families import families
 from smi.models.classifiers import Classifier
@@ -61,6 +61,21 @@ def coded_set(labels, classes, size=8):
 
 def read_label(images):
     return (images[:, 0, 0, 0] * 100).round().long()
+
+
+def tiny_domain(size=8):
+    """Three classes told apart by which third is bright; public images are noise."""
+    rng = torch.Generator().manual_seed(1)
+
+    def part(n):
+        labels = torch.arange(n) % 3
+        images = 0.3 * torch.rand(n, 1, size, size, generator=rng)
+        for image, label in zip(images, labels.tolist(), strict=True):
+            image[:, :, size * label // 3 : size * (label + 1) // 3] += 0.6
+        return PrivateSet(images, labels, 3)
+
+    public = PublicImages(torch.rand(20, 1, size, size, generator=rng))
+    return Domain("tiny", ("left", "middle", "right"), PrivateData(part(60), part(30)), public)
 
 
 def noise(*shape, seed=0):
