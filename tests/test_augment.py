@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import noise
 
-from smi.domains.augment import gan_augment, random_affine, random_crop_flip, vary
+from smi.domains.augment import gan_augment, jitter, random_affine, random_crop_flip
 
 
 def rng(seed=0):
@@ -143,7 +143,7 @@ def test_gan_hole_is_one_square_on_about_half_of_the_images():
 def test_vary_keeps_the_range_and_changes_each_image_its_own_way():
     image = torch.zeros(1, 1, 32, 32)
     image[:, :, 8:24, 12:20] = 0.6
-    varied = vary(image.expand(40, 1, 32, 32), torch.Generator().manual_seed(0))
+    varied = jitter(image.expand(40, 1, 32, 32), torch.Generator().manual_seed(0))
     assert varied.shape == (40, 1, 32, 32)
     assert varied.min() >= 0
     assert varied.max() <= 1

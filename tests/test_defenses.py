@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from smi.attacks import BadNets
 from smi.defenses import IBAU, FineTune, Schedule, defenses
-from smi.defenses.distillation import Distillation, recognised
-from smi.defenses.training import LARGEST_STEP, _warm_cosine, bearable
+from smi.defenses.distillation import Distillation, confident_public
+from smi.defenses.training import LARGEST_STEP, _warm_cosine, capped_rate
 from smi.domains import PrivateSet, PublicImages, Samples
 from smi.errors import InputError
 from smi.models.classifiers import build_classifier
@@ -62,9 +62,9 @@ def test_public_images_count_only_where_the_suspect_recognises_something_in_them
             last = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)][-1]
             last.weight *= scale
             last.bias *= 0
-    assert recognised(sure, seen) is seen
-    assert recognised(unsure, seen) is None
-    assert recognised(sure, None) is None
+    assert confident_public(sure, seen) is seen
+    assert confident_public(unsure, seen) is None
+    assert confident_public(sure, None) is None
     for model, asked in ((sure, 80), (unsure, 40)):
         shown: list[int] = []
         hook = model.register_forward_pre_hook(lambda _, given, shown=shown: shown.append(len(given[0])))
@@ -75,16 +75,16 @@ def test_public_images_count_only_where_the_suspect_recognises_something_in_them
 
 def test_the_learning_rate_is_what_the_model_bears(monkeypatch) -> None:
     small, deep = (build_classifier(name, 1, 3) for name in ("small_cnn", "resnet18"))
-    assert bearable(small, 3e-3) == 3e-3
+    assert capped_rate(small, 3e-3) == 3e-3
     for lr in (3e-3, 1e-2):
-        found = bearable(deep, lr)
+        found = capped_rate(deep, lr)
         shares = [found / w.detach().square().mean().sqrt().item() for w in deep.parameters() if w.ndim > 1]
         assert sum(shares) == pytest.approx(LARGEST_STEP, rel=1e-4)
-    assert bearable(deep, 1e-5) == 1e-5
+    assert capped_rate(deep, 1e-5) == 1e-5
     silent = nn.Linear(3, 3)
     nn.init.zeros_(silent.weight)  # some networks begin, or end, with such layers
-    assert bearable(silent, 0.1) == 0.1
-    monkeypatch.setattr("smi.defenses.training.bearable", lambda model, lr: 0.0)
+    assert capped_rate(silent, 0.1) == 0.1
+    monkeypatch.setattr("smi.defenses.training.capped_rate", lambda model, lr: 0.0)
     still = FineTune(schedule=QUICK).repair(small, samples()).model
     assert all(torch.equal(a, b) for a, b in zip(still.parameters(), small.parameters(), strict=True))
 

@@ -16,8 +16,8 @@ from smi.defenses import FineTune, Schedule
 from smi.defenses.universal import universal
 from smi.inversion import Latent, Pixel, Stabilized, invert
 from smi.runtime.compute import fast, precision, predict
-from smi.runtime.interrupts import Stopped, stoppable
 from smi.runtime.memory import keep_freed
+from smi.runtime.signals import Stopped, stoppable
 
 FAULTS = """
 import resource, torch

@@ -19,8 +19,8 @@ from smi.models.suspects import Adapted
 from smi.priors.base import GeneratorPrior
 from smi.priors.gan import PriorConfig, fit_prior
 from smi.runtime.compute import precision
-from smi.runtime.interrupts import Stopped, stoppable
 from smi.runtime.job import Loop
+from smi.runtime.signals import Stopped, stoppable
 from smi.runtime.unfinished import Unfinished, workplace
 
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import click
 
-from smi.runtime.interrupts import Stopped, stoppable
+from smi.runtime.signals import Stopped, stoppable
 from smi.runtime.threads import limit_threads, usable_cores, use_threads
 
 Command = TypeVar("Command", bound=Callable[..., Any])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from smi.cli.options import PRECISIONS, check_device
-from smi.runtime.interrupts import Stopped, stoppable
+from smi.runtime.signals import Stopped, stoppable
 from smi.runtime.threads import usable_cores
 
 if TYPE_CHECKING:

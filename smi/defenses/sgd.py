@@ -88,7 +88,7 @@ class Tuned(Defense):
         """
         epochs, steps = epochs or self.epochs, math.ceil(len(samples) / self.batch_size)
         optimizer = torch.optim.SGD(model.parameters(), self.lr, self.momentum, weight_decay=self.weight_decay)
-        rng, vary, device, curve = job.rng("repair"), AUGMENTATIONS[self.augment], device_of(model), list[float]()
+        rng, augment, device, curve = job.rng("repair"), AUGMENTATIONS[self.augment], device_of(model), list[float]()
 
         def one_epoch(index: int) -> None:
             total = 0.0
@@ -97,7 +97,7 @@ class Tuned(Defense):
                 for number, batch in enumerate(batches, index * steps):
                     for group in optimizer.param_groups:
                         group["lr"] = self.lr * (1 + math.cos(math.pi * number / (epochs * steps))) / 2
-                    value = loss(run, vary(samples.images[batch], rng).to(device), samples.labels[batch].to(device))
+                    value = loss(run, augment(samples.images[batch], rng).to(device), samples.labels[batch].to(device))
                     optimizer.zero_grad()
                     value.backward()
                     optimizer.step()

@@ -35,7 +35,7 @@ class Schedule:
 
     Attributes:
         rounds: Passes over the samples.
-        lr: Its rate, lower for large models, see `bearable`.
+        lr: Its rate, lower for large models, see `capped_rate`.
         batch_size: Samples a step, fewer where a round would have less than three steps.
         weight_decay: AdamW's.
         distill: Weight of ``KL(suspect ‖ repaired)`` on the samples and on as many public images a step; 0 switches it
@@ -83,7 +83,7 @@ def train_repair(
         The repaired copy and the mean loss of each round.
     """
     repaired, rng, curve = copy.deepcopy(model).eval(), job.rng("repair"), list[float]()
-    lr = bearable(repaired, schedule.lr)
+    lr = capped_rate(repaired, schedule.lr)
     optimizer = torch.optim.AdamW(repaired.parameters(), lr, weight_decay=schedule.weight_decay)
     steps = min(max(LEAST_STEPS, len(samples) // schedule.batch_size), len(samples))
     rate, step = _warm_cosine(schedule.rounds * steps), _Step(samples, loss, optimizer, device_of(model), moving)
@@ -143,7 +143,7 @@ class _Step:
         return total
 
 
-def bearable(model: nn.Module, lr: float) -> float:
+def capped_rate(model: nn.Module, lr: float) -> float:
     """``lr``, or as much less as the model needs so that one step of Adam does not undo what it has learned.
 
     Such a step moves each weight by about ``lr``, a layer by that share of its weights' root mean square, and what the

@@ -90,7 +90,7 @@ def _within(offset: Tensor, length: int) -> Tensor:
     return (offset >= -(length // 2)) & (offset < length - length // 2)
 
 
-def vary(images: Tensor, rng: torch.Generator) -> Tensor:
+def jitter(images: Tensor, rng: torch.Generator) -> Tensor:
     """Images as other people's scans or photographs of the same things, each with a map and a gamma of its own.
 
     Rotation up to 12°, shift up to 2 pixels, each side stretched by up to 20 %, a shear of up to 0.2, gamma from 0.5 to

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from smi.domains.augment import vary
+from smi.domains.augment import jitter
 from smi.domains.base import PublicImages, Samples
 from smi.erasure.families import changed, families
 from smi.erasure.search import Found
@@ -96,7 +96,7 @@ def tune(
         def one_step(step: int) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * (1 - step / config.steps)
-            images = vary(_drawn(pools, config.batch_size, rng), rng)
+            images = jitter(_drawn(pools, config.batch_size, rng), rng)
             with torch.no_grad():
                 wanted = F.log_softmax(asked(images.to(device)), 1)
             other = _changed(images, wanted.argmax(1).cpu(), found, config, rng)

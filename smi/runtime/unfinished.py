@@ -19,7 +19,7 @@ from torch import Tensor
 
 from smi.errors import InputError
 from smi.runtime.files import LEFTOVERS, load_tensors, save_tensors
-from smi.runtime.interrupts import Stopped, held_back
+from smi.runtime.signals import Stopped, delayed_signals
 
 EVERY = 30.0
 
@@ -97,7 +97,7 @@ class Unfinished:
             yield lambda state: None
             return
         halted: _Halt | None = None
-        with held_back() as stop:
+        with delayed_signals() as stop:
 
             def after_step(state: Callable[[], Tensors]) -> None:
                 came = stop()

@@ -38,7 +38,7 @@ def stoppable() -> Iterator[None]:
 
 
 @contextmanager
-def held_back() -> Iterator[Callable[[], int | None]]:
+def delayed_signals() -> Iterator[Callable[[], int | None]]:
     """Ctrl-C and SIGTERM wait in the block. Yields a function that says which has come; it is raised at the end.
 
     A second one is not held back. Outside the main thread, where Python handles no signals, nothing is held.

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from smi.runtime.interrupts import Stopped, held_back, stoppable
+from smi.runtime.signals import Stopped, delayed_signals, stoppable
 
 BOTH = [signal.SIGINT, signal.SIGTERM]
 
@@ -35,7 +35,7 @@ def test_a_signal_waits_for_the_end_of_the_step_and_a_second_does_not(number):
     done = []
 
     def work(times):
-        with stoppable(), held_back() as stop:
+        with stoppable(), delayed_signals() as stop:
             done.append(stop())
             for _ in range(times):
                 os.kill(os.getpid(), number)
@@ -55,7 +55,7 @@ def test_other_threads_are_left_alone():
     seen = []
 
     def work():
-        with stoppable(), held_back() as stop:
+        with stoppable(), delayed_signals() as stop:
             seen.append(stop())
 
     thread = threading.Thread(target=work)
