@@ -10,7 +10,7 @@ import pytest
 
 import smi
 import smi_kernels
-from smi.dev.reference import build, modules
+from smi.dev.site import build, modules, sources
 
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE | doctest.IGNORE_EXCEPTION_DETAIL
 FINDER = doctest.DocTestFinder(exclude_empty=True)
@@ -46,21 +46,32 @@ def test_what_one_calls_first_has_an_example():
     assert ">>>" in inspect.getdoc(smi_kernels.stability_scores)
 
 
-def test_the_reference_is_built_by_one_command(tmp_path):
-    pytest.importorskip("pdoc")
-    command = [sys.executable, "-m", "smi.dev.reference", tmp_path / "api"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+def test_the_site_has_the_pages_and_one_for_every_module(tmp_path):
+    sources(tmp_path)
+    index = (tmp_path / "index.md").read_text()
     for name in modules():
-        page = tmp_path / "api" / (name.replace(".", "/") + ".html")
-        assert page.is_file(), name
-    invert = (tmp_path / "api/smi/inversion.html").read_text()
+        assert f"automodule:: {name}\n" in (tmp_path / "reference" / f"{name}.rst").read_text()
+        assert f"\nreference/{name}\n" in index
+    for name in ("README.md", "notebooks/results/README.md", "notebooks/00_start_here.ipynb", "CONTRIBUTING.md"):
+        assert (tmp_path / name).is_file()
+        assert f"\n{name.rpartition('.')[0]}\n" in index
+
+
+@pytest.mark.slow
+def test_the_site_is_built_by_one_command_without_a_warning(tmp_path):
+    pytest.importorskip("sphinx")
+    command = [sys.executable, "-m", "smi.dev.site", tmp_path / "site"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stderr
+    assert "ERROR" not in done.stderr
+    assert "Stabilized" in (tmp_path / "site/notebooks/06_stabilise_the_inversion.html").read_text()
+    invert = (tmp_path / "site/reference/smi.inversion.base.html").read_text()
     assert "without any in-distribution data" in invert
-    assert "http://" not in invert.replace("http://www.w3.org", "")
 
 
-def test_the_reference_needs_its_folder(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "smi.dev.reference"], capture_output=True, text=True)
+def test_the_site_needs_its_folder():
+    done = subprocess.run([sys.executable, "-m", "smi.dev.site"], capture_output=True, text=True)
     assert done.returncode == 1
     assert "usage" in done.stderr
     assert callable(build)

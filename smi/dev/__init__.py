@@ -1,1 +1,1 @@
-"""What maintainers run: notebooks kept true, shipped assets, the API reference."""
+"""What maintainers run: notebooks kept true, shipped assets, the documentation's site."""
