@@ -4,6 +4,7 @@ The public names load when they are first asked for: `import smi` is instant, an
 environment before torch is there.
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +72,45 @@ _HOMES = {
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 
 __all__ = sorted(_HOME)
+
+_MOVED = {
+    name: f"smi.{package}.{name}"
+    for package, names in {
+        "runtime": "checks compute files job memory progress seeding threads unfinished",
+        "domains": "arrays augment",
+        "models": "classifiers suspects own_code checkpoints",
+        "priors": "gan",
+        "report": "sections page",
+        "cli": "options",
+        "tutorial": "explorers exercises lab",
+        "dev": "notebooks",
+    }.items()
+    for name in names.split()
+}
+_MOVED |= {
+    "interrupts": "smi.runtime.signals",
+    "stability": "smi.inversion.selection",
+    "figures": "smi.plotting.report",
+    "analysis.figures": "smi.plotting.analysis",
+    "study.plot": "smi.plotting.study",
+    "attacks.gallery": "smi.plotting.attacks",
+    "explorers.pictures": "smi.plotting.pictures",
+    "cli_study": "smi.cli.study",
+    "reference": "smi.dev.site",
+    "rebuild": "smi.dev.assets",
+}
+
+
+class _Moved:
+    """Says where a module is now that is imported by its former name; asked for what nothing else finds."""
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> None:
+        if name.startswith("smi.") and name[4:] in _MOVED:
+            raise ModuleNotFoundError(f"{name} has moved. It is now {_MOVED[name[4:]]}.")
+
+
+sys.meta_path.append(_Moved)
 
 
 def __getattr__(name: str) -> Any:
