@@ -59,13 +59,13 @@ class Detector:
         """The search on ``model``, for every class and `ANYWHERE`.
 
         Args:
-            model: The suspect.
+            model: The suspect, `frozen`.
             shown: Images that triggers are searched on, and their labels.
             spread: Images ``[N, C, H, W]`` whose features say how natural ones spread.
             seed: Of the search.
         """
         targets = [*range(shown.num_classes), ANYWHERE]
-        found = look(frozen(model), shown.images, shown.labels, targets, self.search, seed=seed)
+        found = look(model, shown.images, shown.labels, targets, self.search, seed=seed)
         scan = Scan(found, drift(model, shown.images, shown.labels, shown.num_classes, seed=seed))
         one, excess = scan.strongest(ANYWHERE)
         if excess <= self.anywhere:
@@ -186,7 +186,7 @@ def detect(
     if checkpoint is not None:
         record |= {"model": fingerprint_of(model), "public": None if public is None else fingerprint(public.images)}
         record |= {"images": fingerprint(samples.images), "labels": fingerprint(samples.labels)}
-    unfinished, shown = Unfinished(checkpoint, "detection", record), natural_images(model, samples, public, seed=seed)
-    spread = spread_of(samples, public)
-    found = unfinished.once("scan", lambda: config.scan(model, shown, spread, seed=seed).tensors())
+    unfinished, suspect = Unfinished(checkpoint, "detection", record), frozen(model)
+    shown, spread = natural_images(suspect, samples, public, seed=seed), spread_of(samples, public)
+    found = unfinished.once("scan", lambda: config.scan(suspect, shown, spread, seed=seed).tensors())
     return config.judge(Scan.restored(config.search.families, found))

@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from small_runs import PUBLIC, REMOVALS, SAMPLES
 from thirds import QUICK, rng, samples, thirds
 from tiny import check_repair, tiny_model
 from torch import Tensor, nn
@@ -42,6 +43,17 @@ def test_repair_changes_a_copy_and_only_a_copy_and_repeats(name) -> None:
     repair = check_repair(ALL[name], samples(), public, keeps_statistics=name not in ("ftsam", "nad"))
     assert repair.defense == name
     assert defenses[name] is type(ALL[name])
+
+
+@pytest.mark.parametrize("name", REMOVALS)
+def test_what_was_frozen_is_repaired_all_the_same_and_stays_marked(name) -> None:
+    plain, frozen = tiny_model(), tiny_model()
+    frozen.body[0].requires_grad_(False)
+    ours, theirs = (REMOVALS[name].repair(model, SAMPLES, PUBLIC).model for model in (plain, frozen))
+    for (weight, one), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(one, other), weight
+        assert one.requires_grad
+        assert other.requires_grad == ("body.0." not in weight)
 
 
 @pytest.mark.parametrize("name", ALL)

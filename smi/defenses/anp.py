@@ -9,7 +9,6 @@ channels with a small mask are pruned (``m = 0``; as in the paper, the bias stay
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -24,7 +23,7 @@ from smi.defenses.training import Schedule
 from smi.domains.base import PublicImages, Samples
 from smi.errors import InputError
 from smi.runtime.checks import check_number, device_of
-from smi.runtime.compute import Runner, fast, frozen, predict
+from smi.runtime.compute import Runner, fast, frozen, predict, unfrozen
 from smi.runtime.job import Job, Loop
 
 THRESHOLDS = [round(0.05 * k, 2) for k in range(20)]  # of the mask, as in the paper
@@ -184,7 +183,7 @@ def _perturbed(given: Mapping[str, Tensor], masks: Masks, shifts: Mapping[str, T
 
 def _without(model: nn.Module, masks: Masks, threshold: float) -> nn.Module:
     """A copy of ``model`` in eval mode without the channels whose mask is ``threshold`` or less."""
-    pruned = copy.deepcopy(model).eval()
+    pruned = unfrozen(model)
     with torch.no_grad():
         for name, mask in masks.items():
             weight = pruned.get_submodule(name).weight

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from smi.detection import Detection
 from smi.domains.base import PublicImages, Samples, check_public, check_samples
 from smi.erasure.search import ANYWHERE, Found
-from smi.runtime.checks import check_model
-from smi.runtime.compute import asked_precision, fingerprint_of
+from smi.runtime.checks import check_model, check_module
+from smi.runtime.compute import asked_precision, fingerprint_of, frozen
 from smi.runtime.files import fingerprint
 from smi.runtime.job import Job, OnRound, unwatched
 from smi.runtime.unfinished import EVERY, Unfinished
@@ -117,8 +117,9 @@ class Defense:
             InputError: For anything else, a `PrivateSet` or an attack above all.
         """
         if samples is None and not self.needs_samples:
+            check_module(model)
             check_public(public, None)
-            return self._repair(model, cast(Samples, samples), public, Job(seed=seed))  # which takes None there
+            return self._done(model, cast(Samples, samples), public, Job(seed=seed))  # which takes None there
         check_samples(samples, f"The defense {self.name!r}")
         samples = cast(Samples, samples)
         check_model(model, samples.images, samples.num_classes)
@@ -129,7 +130,15 @@ class Defense:
             record |= {"model": fingerprint_of(model), "public": None if public is None else fingerprint(public.images)}
             record |= {"images": fingerprint(samples.images), "labels": fingerprint(samples.labels)}
         unfinished = Unfinished(checkpoint, "removal", record, every=every)
-        return self._repair(model, samples, public, Job(seed=seed, unfinished=unfinished, on_round=on_round))
+        return self._done(model, samples, public, Job(seed=seed, unfinished=unfinished, on_round=on_round))
+
+    def _done(self, model: nn.Module, samples: Samples, public: PublicImages | None, job: Job) -> Repair:
+        """The repair; its parameters ask for gradients where the suspect's do."""
+        repair = self._repair(frozen(model), samples, public, job)
+        asks = {name: weight.requires_grad for name, weight in model.named_parameters()}
+        for name, weight in repair.model.named_parameters():
+            weight.requires_grad_(asks.get(name, True))
+        return repair
 
     def check_fits(self, model: nn.Module, images: Tensor) -> None:
         """Raise `InputError` where the defense cannot work on ``model``; asked before samples are made, too.
@@ -140,6 +149,7 @@ class Defense:
         """
 
     def _repair(self, model: nn.Module, samples: Samples, public: PublicImages | None, job: Job) -> Repair:
+        """What a defense is. ``model`` is `frozen`, a copy that is the repair's own: to be asked, not changed."""
         raise NotImplementedError
 
     def settings(self) -> dict[str, Any]:

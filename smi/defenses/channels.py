@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from smi.domains.base import Samples
 from smi.errors import InputError
-from smi.runtime.checks import device_of, evaluating
+from smi.runtime.checks import check_module, device_of, evaluating
 from smi.runtime.compute import predict
 from smi.runtime.seeding import stream
 
@@ -56,8 +56,7 @@ def conv_layers(model: nn.Module, images: Tensor | None = None) -> list[Layer]:
     Raises:
         InputError: Where there is no convolution.
     """
-    if not isinstance(model, nn.Module):
-        raise InputError(f"The model is a {type(model).__name__}. Allowed: a torch.nn.Module from images to logits.")
+    check_module(model)
     layers = _registered(model) if images is None else _used(model, images)
     if not layers:
         raise InputError("The model has no convolution, so that there are no channels to prune. Use another defense.")

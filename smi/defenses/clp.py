@@ -8,7 +8,6 @@ bounds are pruned.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +18,7 @@ from smi.defenses.channels import Layer, conv_layers, prune, pruned_share
 from smi.domains.base import PublicImages, Samples
 from smi.errors import InputError
 from smi.runtime.checks import check_number
+from smi.runtime.compute import unfrozen
 from smi.runtime.job import Job
 
 
@@ -46,7 +46,7 @@ class CLP(Defense):
     def _repair(self, model: nn.Module, samples: Samples | None, public: PublicImages | None, job: Job) -> Repair:
         pruned: dict[str, list[int]] = {}
         layers = conv_layers(model, None if samples is None else samples.images)
-        repaired = copy.deepcopy(model).eval()
+        repaired = unfrozen(model)
         for layer in layers:
             bounds = lipschitz_bounds(repaired, layer)
             if len(bounds) > 1:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from smi.domains.augment import jitter
 from smi.domains.base import PublicImages
-from smi.runtime.compute import Runner, fast, frozen, predict
+from smi.runtime.compute import Runner, fast, predict
 from smi.runtime.memory import Chunk, halving
 
 SURE = 0.5  # mean top probability from which public images say something about the suspect's clean behaviour
@@ -33,11 +33,11 @@ class Distillation:
     """``KL(suspect ‖ repaired)`` on samples and public images: what stands for accuracy where nobody has clean data.
 
     Both are varied by small affine maps and gammas, afresh each step. Public images count where the suspect has
-    `confident_public` them.
+    `confident_public` them. The suspect is `frozen`.
     """
 
     def __init__(self, model: nn.Module, public: PublicImages | None, rng: torch.Generator) -> None:
-        self._teacher = frozen(model)
+        self._teacher = model
         self._public, self._rng = confident_public(self._teacher, public), rng
 
     def __call__(self, run: Runner, images: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ something is unusual.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -29,7 +28,7 @@ from smi.erasure.search import ANYWHERE, Found
 from smi.erasure.tune import Tuning, tune
 from smi.errors import InputError
 from smi.runtime.checks import check_number
-from smi.runtime.compute import frozen
+from smi.runtime.compute import frozen, unfrozen
 from smi.runtime.job import Job
 from smi.runtime.unfinished import Tensors
 
@@ -83,7 +82,7 @@ class Erasure(Defense):
         both, spread = joined(samples, natural), spread_of(samples, public)
         detection = self._detection(model, samples.num_classes, natural, spread, job)
         treated = self._treated(model, natural, spread, detection)
-        repaired, rng = copy.deepcopy(model).eval().requires_grad_(True), job.rng("erasure")
+        repaired, rng = unfrozen(model), job.rng("erasure")
         shown = self._kinds(detection.scan, detection.scan.of(treated))
         erase_found(repaired, both, spread, shown)
         curve, left, found = list[float](), treated, list[Found]()

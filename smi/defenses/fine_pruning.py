@@ -20,7 +20,7 @@ from smi.defenses.distillation import Distillation
 from smi.defenses.training import Schedule, train_repair
 from smi.domains.base import PublicImages, Samples
 from smi.runtime.checks import check_number
-from smi.runtime.compute import Runner, predict
+from smi.runtime.compute import Runner, predict, unfrozen
 from smi.runtime.job import Job
 
 
@@ -55,7 +55,7 @@ class FinePrune(Defense):
         order = activity(model, layer, fit.images).argsort(stable=True)
         count, agreed = self._how_many(model, layer, order, held.images)
         dormant = order[:count]
-        pruned = copy.deepcopy(model)
+        pruned = unfrozen(model)
         prune(pruned, layer, dormant)
         rng = job.rng("distil")
         distil = Distillation(model, public, rng)

@@ -8,7 +8,6 @@ loss that also follows δ*(θ), the implicit hypergradient (`smi/defenses/hyperg
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +22,7 @@ from smi.defenses.hypergradient import BilevelProblem, hypergradient
 from smi.defenses.universal import into_ball
 from smi.domains.base import PublicImages, Samples
 from smi.runtime.checks import check_number, device_of
+from smi.runtime.compute import unfrozen
 from smi.runtime.job import Job, Loop
 
 SHRINK = 1e-3  # weight of ‖δ‖² in the inner problem
@@ -77,7 +77,7 @@ class IBAU(Defense):
         check_number("stamped", self.stamped, low=0, high=1)
 
     def _repair(self, model: nn.Module, samples: Samples, public: PublicImages | None, job: Job) -> Repair:
-        repaired = copy.deepcopy(model).eval()
+        repaired = unfrozen(model)
         names = [name for name, _ in repaired.named_parameters()]
         theta = list(repaired.parameters())
         optimizer = torch.optim.Adam(theta, self.lr)

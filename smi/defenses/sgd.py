@@ -6,7 +6,6 @@ statistics that BatchNorm has. Dropout stays off in both.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,13 +21,13 @@ from smi.domains.base import Samples
 from smi.errors import InputError
 from smi.models.classifiers import AUGMENTATIONS
 from smi.runtime.checks import check_number, device_of
-from smi.runtime.compute import fast
+from smi.runtime.compute import fast, unfrozen
 from smi.runtime.job import Job, Loop
 
 
 def trainable(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
     """A copy to train, and its BatchNorm layers, which are in train mode; the rest is in eval mode."""
-    copied = copy.deepcopy(model).eval().requires_grad_(True)
+    copied = unfrozen(model)
     return copied, [module.train() for module in copied.modules() if isinstance(module, NORMS)]
 
 

@@ -5,7 +5,6 @@ Papers' fine-tuning is another recipe: `smi.defenses.sgd`.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from smi.domains.base import Samples
 from smi.runtime.checks import check_number, device_of
-from smi.runtime.compute import Runner, fast
+from smi.runtime.compute import Runner, fast, unfrozen
 from smi.runtime.job import Job, Loop
 from smi.runtime.memory import halved
 from smi.runtime.unfinished import restore, states
@@ -82,7 +81,7 @@ def train_repair(
     Returns:
         The repaired copy and the mean loss of each round.
     """
-    repaired, rng, curve = copy.deepcopy(model).eval(), job.rng("repair"), list[float]()
+    repaired, rng, curve = unfrozen(model), job.rng("repair"), list[float]()
     lr = capped_rate(repaired, schedule.lr)
     optimizer = torch.optim.AdamW(repaired.parameters(), lr, weight_decay=schedule.weight_decay)
     steps = min(max(LEAST_STEPS, len(samples) // schedule.batch_size), len(samples))

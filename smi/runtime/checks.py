@@ -51,8 +51,8 @@ def check_model(model: object, images: Tensor, num_classes: int | None = None) -
 
     One forward pass of one image is made, in eval mode; the model is left as it was.
     """
-    if not isinstance(model, nn.Module):
-        raise InputError(f"The model is a {type(model).__name__}. Allowed: a torch.nn.Module from images to logits.")
+    check_module(model)
+    assert isinstance(model, nn.Module)
     for name, value in model.state_dict().items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise InputError(f"The model's {name!r} has NaN or infinite values. Load an intact checkpoint.")
@@ -79,6 +79,12 @@ def check_model(model: object, images: Tensor, num_classes: int | None = None) -
             "Check that the model and the data or samples belong together."
         )
     return logits.shape[1]
+
+
+def check_module(model: object) -> None:
+    """``model`` must be a `torch.nn.Module`."""
+    if not isinstance(model, nn.Module):
+        raise InputError(f"The model is a {type(model).__name__}. Allowed: a torch.nn.Module from images to logits.")
 
 
 def check_number(

@@ -116,6 +116,11 @@ def frozen(model: nn.Module) -> nn.Module:
     return copied.to(memory_format=torch.channels_last)
 
 
+def unfrozen(model: nn.Module) -> nn.Module:
+    """A copy in eval mode to train, every parameter of it, whatever was frozen in the model."""
+    return copy.deepcopy(model).eval().requires_grad_(True).to(memory_format=torch.contiguous_format)
+
+
 def fingerprint_of(model: object) -> str:
     """A short hash of a module's tensors and of what it prints as, its settings that is; of anything else, its type."""
     if not isinstance(model, nn.Module):
