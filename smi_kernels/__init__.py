@@ -3,7 +3,8 @@
 from smi_kernels.divergences import Divergence
 from smi_kernels.epilogues import Epilogue
 from smi_kernels.errors import InputError, unknown_name
-from smi_kernels.layers import register_layer
+from smi_kernels.graph.layers import register_layer
+from smi_kernels.moved import moved
 from smi_kernels.noise import Family
 from smi_kernels.registry import Registry
 from smi_kernels.scores import stability_scores, which_backend
@@ -19,3 +20,16 @@ __all__ = [
     "unknown_name",
     "which_backend",
 ]
+
+moved(
+    __name__,
+    {
+        "folding": "smi_kernels.graph.folding",
+        "layers": "smi_kernels.graph.layers",
+        "perturbed": "smi_kernels.noise.perturbed_model",
+        "philox": "smi_kernels.noise.philox",
+        "plan": "smi_kernels.graph.plan",
+        "reductions": "smi_kernels.divergences.reductions",
+        "tracing": "smi_kernels.graph.tracing",
+    },
+)

@@ -233,7 +233,7 @@ def _pack_signs() -> Iterator[Variant]:
 
 
 def _perturbed_conv() -> Iterator[Variant]:
-    from smi_kernels.triton.epilogues import relu
+    from smi_kernels.epilogues.triton import relu
     from smi_kernels.triton.perturbed_conv import perturbed_conv, perturbed_conv_signs
 
     def call(signs: bool, dtype: torch.dtype, size: int, channels: int, outputs: int, stride: int) -> None:

@@ -31,8 +31,8 @@ from smi_kernels.backends.triton import library_conv
 from smi_kernels.bench.models import ARCHITECTURES, make_images, make_model
 from smi_kernels.configs import HALF, SIGNS
 from smi_kernels.epilogues import epilogues
-from smi_kernels.layers import zero_padding
-from smi_kernels.plan import Layer, plan_of
+from smi_kernels.graph.layers import zero_padding
+from smi_kernels.graph.plan import Layer, plan_of
 from smi_kernels.registry import load_kernel
 from smi_kernels.triton.conv_shape import ConvShape, conv_shape
 

@@ -7,10 +7,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from smi_kernels.divergences import Divergence
+from smi_kernels.divergences.reductions import reductions
 from smi_kernels.epilogues import Epilogue
 from smi_kernels.noise import FLIPOUT, INPUT, PARAMETERS, RANK1, Draw, Family, base, draw
-from smi_kernels.philox import philox
-from smi_kernels.reductions import reductions
+from smi_kernels.noise.philox import philox
 
 
 def unit_noise(

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smi_kernels.epilogues import epilogues
-from smi_kernels.folding import fold
-from smi_kernels.layers import zero_padding
+from smi_kernels.graph.folding import fold
+from smi_kernels.graph.layers import zero_padding
+from smi_kernels.graph.plan import Layer, Plan
 from smi_kernels.noise import INDEPENDENT, RANK1
-from smi_kernels.perturbed import PerturbedModel
-from smi_kernels.plan import Layer, Plan
+from smi_kernels.noise.perturbed_model import PerturbedModel
 from smi_kernels.request import Request
 
 if TYPE_CHECKING:

@@ -24,13 +24,13 @@ from smi_kernels.backends.torch import Runner, plan_or_warn
 from smi_kernels.configs import fits_kernel, prefers_library, prefers_scratch
 from smi_kernels.divergences import divergences
 from smi_kernels.epilogues import epilogues
-from smi_kernels.folding import fold
-from smi_kernels.layers import zero_padding
+from smi_kernels.graph.folding import fold
+from smi_kernels.graph.layers import zero_padding
+from smi_kernels.graph.plan import Call, Layer, Plan, plan_of, reads_of
+from smi_kernels.graph.tracing import NotTraceable
 from smi_kernels.noise import INDEPENDENT, PARAMETERS, families
-from smi_kernels.plan import Call, Layer, Plan, plan_of, reads_of
 from smi_kernels.precision import plain
 from smi_kernels.request import Request, check_logits
-from smi_kernels.tracing import NotTraceable
 from smi_kernels.triton import interpreting
 from smi_kernels.triton.conv_shape import ConvShape, conv_shape
 

@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from smi_kernels.errors import InputError
+from smi_kernels.noise.triton import philox_words
 from smi_kernels.triton import as_word, check_tensors, interpreting, key_words, on_device
-from smi_kernels.triton.noise import philox_words
 
 
 @triton.jit

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from smi_kernels.errors import InputError, unknown_name
 from smi_kernels.noise import FLIPOUT, INDEPENDENT, PARAMETERS, RANK1, Family
+from smi_kernels.noise.triton import counter_noise
 from smi_kernels.triton import (
     as_word,
     check_dtype,
@@ -21,7 +22,6 @@ from smi_kernels.triton import (
     on_device,
     writable,
 )
-from smi_kernels.triton.noise import counter_noise
 from smi_kernels.triton.unit_noise import family_kernel, number_grid
 
 _STRUCTURES = {INDEPENDENT: 0, RANK1: 1, FLIPOUT: 2}

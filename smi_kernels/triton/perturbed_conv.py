@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from smi_kernels.configs import HALF, SIGNS, tuned_tile
+from smi_kernels.epilogues.triton import finish
 from smi_kernels.errors import InputError
 from smi_kernels.triton import (
     LOW_PRECISION,
@@ -28,7 +29,6 @@ from smi_kernels.triton import (
     writable,
 )
 from smi_kernels.triton.conv_shape import ConvShape, Pair, conv_shape
-from smi_kernels.triton.epilogues import finish
 from smi_kernels.triton.pack_signs import perturb_by_sign, rounding
 
 Tile = dict[str, int]

@@ -14,7 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from smi_kernels.epilogues.triton import finish
 from smi_kernels.errors import InputError
+from smi_kernels.noise.triton import philox_words
 from smi_kernels.triton import (
     LOW_PRECISION,
     as_word,
@@ -27,8 +29,6 @@ from smi_kernels.triton import (
     readable,
     writable,
 )
-from smi_kernels.triton.epilogues import finish
-from smi_kernels.triton.noise import philox_words
 from smi_kernels.triton.pack_signs import perturb_by_sign, rounding
 
 SIGN_BLOCK = 128

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from smi_kernels import InputError, stability_scores
 from smi_kernels.divergences import divergences
 from smi_kernels.epilogues import epilogues
+from smi_kernels.graph.plan import Layer, plan_of
 from smi_kernels.noise import families
-from smi_kernels.plan import Layer, plan_of
 from smi_kernels.plugins import load_plugins
 from smi_kernels.testing import check_divergence, check_epilogue, check_family
 
@@ -143,8 +143,8 @@ SOUND = """
     from smi_kernels.divergences import divergences
     from smi_kernels.epilogues import epilogues
     from smi_kernels.noise import families
-    from smi_kernels.philox import uniform
-    from smi_kernels.triton.noise import uniform as u01
+    from smi_kernels.noise.philox import uniform
+    from smi_kernels.noise.triton import uniform as u01
 
     @triton.jit
     def flat(w0, w1, w2, w3):

@@ -33,7 +33,7 @@ def test_what_is_there_is_found_before_the_table(package):
 
 
 def test_other_names_fail_as_ever(package):
-    with pytest.raises(ModuleNotFoundError, match="No module named 'house.other'"):
+    with pytest.raises(ModuleNotFoundError, match=r"No module named 'house\.other'"):
         importlib.import_module("house.other")
     with pytest.raises(ImportError, match="cannot import name 'other'"):
         exec("from house import other")

@@ -5,10 +5,10 @@ import torch
 from torch.nn import functional as F
 
 from smi_kernels.epilogues import epilogues
+from smi_kernels.epilogues.triton import identity, relu
 from smi_kernels.errors import InputError
 from smi_kernels.noise import draw, families
 from smi_kernels.registry import load_kernel
-from smi_kernels.triton.epilogues import identity, relu
 from smi_kernels.triton.pack_signs import pack_signs
 from smi_kernels.triton.perturbed_conv import conv_tile, perturbed_conv, perturbed_conv_signs
 

@@ -38,7 +38,7 @@ def _identity(x: Tensor) -> Tensor:
     return x
 
 
-_KERNELS = "smi_kernels.triton.epilogues"
+_KERNELS = "smi_kernels.epilogues.triton"
 epilogues.add("identity", Epilogue(compute=_identity, kernel=f"{_KERNELS}:identity"))
 epilogues.add(
     "relu", Epilogue(compute=F.relu, kernel=f"{_KERNELS}:relu", matches=(nn.ReLU, F.relu, torch.relu, "relu", "relu_"))

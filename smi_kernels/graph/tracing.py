@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 
-from smi_kernels.layers import layers
+from smi_kernels.graph.layers import layers
 
 
 class NotTraceable(Exception):

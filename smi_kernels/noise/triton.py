@@ -1,6 +1,6 @@
-"""Noise in Triton, for use inside kernels: the twin of smi_kernels/philox.py and of the families' values, bit for bit.
+"""Noise in Triton, for use inside kernels: the twin of `philox.py` and of the values of the families, bit for bit.
 
-Normals are built of additions, products and one square root, in the order of `smi_kernels.philox.box_muller`. A
+Normals are built of additions, products and one square root, in the order of `smi_kernels.noise.philox.box_muller`. A
 kernel that draws them must be launched with ``enable_fp_fusion=False``: a fused multiply-add rounds differently.
 """
 
@@ -14,7 +14,7 @@ import triton.language as tl
 def philox_words(
     key_low: tl.tensor, key_high: tl.tensor, c0: tl.tensor, c1: tl.tensor, c2: tl.tensor, c3: tl.tensor
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """Philox-4x32 with 10 rounds, equal to `smi_kernels.philox.philox`.
+    """Philox-4x32 with 10 rounds, equal to `smi_kernels.noise.philox.philox`.
 
     Args:
         key_low: low word of the seed: an integer scalar whose low 32 bits count; so are all arguments.
@@ -68,7 +68,7 @@ def _box_muller(radius: tl.tensor, angle: tl.tensor) -> tuple[tl.tensor, tl.tens
     quarter = (turns + 0.5).to(tl.int32)  # floor: turns is not negative
     rest = turns - quarter.to(tl.float32)
     square = rest * rest
-    # smi_kernels.philox.SIN and COS by Horner's rule.
+    # smi_kernels.noise.philox.SIN and COS by Horner's rule.
     s = ((-0.0046021771 * square + 0.079680227) * square + -0.6459635) * square + 1.5707964
     c = ((0.00090402167 * square + -0.020860288) * square + 0.25366923) * square + -1.2337005
     sine, cosine = rest * s, 1.0 + square * c
@@ -90,7 +90,7 @@ def _log(value: tl.tensor) -> tl.tensor:
     x = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
     e = exponent.to(tl.float32)
     square = x * x
-    # smi_kernels.philox.LOG by Horner's rule.
+    # smi_kernels.noise.philox.LOG by Horner's rule.
     p = (-0.078596115 * x + 0.12881647) * x
     p = (p + -0.13128755) * x
     p = (p + 0.1418119) * x

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from smi_kernels.epilogues import epilogues
-from smi_kernels.layers import layers, zero_padding
-from smi_kernels.tracing import NotTraceable, trace
+from smi_kernels.graph.layers import layers, zero_padding
+from smi_kernels.graph.tracing import NotTraceable, trace
 
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow, operator.setitem)

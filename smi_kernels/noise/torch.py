@@ -31,7 +31,7 @@ from torch import Tensor
 
 from smi_kernels import native
 from smi_kernels.errors import InputError
-from smi_kernels.philox import Words, box_muller, philox, uniform
+from smi_kernels.noise.philox import Words, box_muller, philox, uniform
 from smi_kernels.precision import has_float64
 from smi_kernels.registry import Kernel, Registry
 
@@ -95,7 +95,7 @@ def _rademacher(words: Words) -> Tensor:
 
 
 def _gaussian_family(structure: str) -> Family:
-    kernel = "smi_kernels.triton.noise:gaussian"
+    kernel = "smi_kernels.noise.triton:gaussian"
     return Family(elements=4, values=_gaussian, kernel=kernel, structure=structure, native="gaussian")
 
 
@@ -103,7 +103,7 @@ for _structure, _name in ((INDEPENDENT, "gaussian"), (RANK1, "rank1"), (FLIPOUT,
     families.add(_name, _gaussian_family(_structure))
 RADEMACHER = families.add(
     "rademacher",
-    Family(elements=128, values=_rademacher, kernel="smi_kernels.triton.noise:rademacher", native="rademacher"),
+    Family(elements=128, values=_rademacher, kernel="smi_kernels.noise.triton:rademacher", native="rademacher"),
 )
 
 

@@ -1,4 +1,4 @@
-"""Divergences in Triton, for use inside kernels: the twins of smi_kernels/divergences.py.
+"""Divergences in Triton, for use inside kernels: the twins of `smi_kernels.divergences.torch`.
 
 All take float32 blocks of clean and perturbed logits ``[ROWS, CLASSES]`` (−inf where there is no class), int64 labels
 ``[ROWS]`` and a mask ``[1, CLASSES]`` of the classes that exist, and give a float32 block ``[ROWS]``.

@@ -85,7 +85,7 @@ def _margin(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.gather(1, own).squeeze(1) - others.amax(1)
 
 
-_KERNELS = "smi_kernels.triton.divergences"
+_KERNELS = "smi_kernels.divergences.triton"
 divergences.add("kl", Divergence(compute=kl, kernel=f"{_KERNELS}:kl"))
 divergences.add(
     "cross_entropy", Divergence(compute=cross_entropy, needs_labels=True, kernel=f"{_KERNELS}:cross_entropy")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from smi_kernels.plan import Layer
+from smi_kernels.graph.plan import Layer
 
 
 def fold(layer: Layer, norm: nn.Module | None, state: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
