@@ -24,8 +24,10 @@ __all__ = [
 moved(
     __name__,
     {
+        "configs": "smi_kernels.tune.choices",
         "folding": "smi_kernels.graph.folding",
         "layers": "smi_kernels.graph.layers",
+        "manifest": "smi_kernels.aot",
         "perturbed": "smi_kernels.noise.perturbed_model",
         "philox": "smi_kernels.noise.philox",
         "plan": "smi_kernels.graph.plan",

@@ -21,7 +21,6 @@ from torch.nn import functional as F
 from smi_kernels import ops  # noqa: F401  registers torch.ops.smi_kernels
 from smi_kernels.backends.loop import score_draws
 from smi_kernels.backends.torch import Runner, plan_or_warn
-from smi_kernels.configs import fits_kernel, prefers_library, prefers_scratch
 from smi_kernels.divergences import divergences
 from smi_kernels.epilogues import epilogues
 from smi_kernels.graph.folding import fold
@@ -33,6 +32,7 @@ from smi_kernels.precision import plain
 from smi_kernels.request import Request, check_logits
 from smi_kernels.triton import interpreting
 from smi_kernels.triton.conv_shape import ConvShape, conv_shape
+from smi_kernels.tune.choices import fits_kernel, prefers_library, prefers_scratch
 
 SCRATCH = 32 << 20
 """Bytes of one layer's weights of a group of draws: what stays in the second-level cache of a large GPU."""

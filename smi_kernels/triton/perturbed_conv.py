@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from smi_kernels.configs import HALF, SIGNS, tuned_tile
 from smi_kernels.epilogues.triton import finish
 from smi_kernels.errors import InputError
 from smi_kernels.triton import (
@@ -30,6 +29,7 @@ from smi_kernels.triton import (
 )
 from smi_kernels.triton.conv_shape import ConvShape, Pair, conv_shape
 from smi_kernels.triton.pack_signs import perturb_by_sign, rounding
+from smi_kernels.tune.choices import HALF, SIGNS, tuned_tile
 
 Tile = dict[str, int]
 

@@ -14,8 +14,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from smi_kernels.aot import main
-from smi_kernels.manifest import variants
+from smi_kernels.aot.gate import main
+from smi_kernels.aot.shipped import variants
 from smi_kernels.triton.perturbed_conv import conv_tile
 from smi_kernels.triton.perturbed_linear import linear_tile
 
@@ -54,7 +54,7 @@ def test_shipped_kernels_keep_their_manifest(archs):
     assert done.returncode == 0, done.stdout + done.stderr
     listed = {line.split()[0] for line in done.stdout.splitlines() if "  sm_" in line}
     assert len(written_kernels()) >= 8
-    assert written_kernels() <= listed, "a kernel has no entry in smi_kernels/manifest.py"
+    assert written_kernels() <= listed, "a kernel has no entry in smi_kernels/aot/shipped.py"
     for arch in archs:
         assert f" sm_{arch} " in done.stdout
 

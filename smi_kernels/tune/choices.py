@@ -1,6 +1,6 @@
-"""What was measured on a GPU: the tile of each convolution, and whether the vendor's library is faster than ours.
+"""What measurements on a GPU choose: the tile of each convolution, and whether the vendor's library is faster.
 
-`default.json` is what is used on a device that has no file of its own: nothing was measured. ``python -m
+`configs/default.json` is what is used on a device that has no file of its own: nothing was measured. ``python -m
 smi_kernels.tune`` measures the device at hand and writes a file for it.
 """
 
@@ -18,7 +18,7 @@ from torch import nn
 
 from smi_kernels.triton.conv_shape import ConvShape
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parent / "configs"
 
 HALF, SIGNS = "half", "half, signs"
 """Kinds of convolution that are measured: perturbed weights in 16 bits, and Rademacher signs expanded in the tile."""

@@ -1,146 +1,26 @@
 """What is shipped: every Triton kernel as its launchers launch it, with what it may cost.
 
-`python -m smi_kernels.aot` compiles all of it without a GPU. Launchers are called with tensors that have no data, and
-what they hand to Triton is recorded, so that tiles, warps and specializations here cannot differ from the real ones.
+`python -m smi_kernels.aot` compiles all of it without a GPU.
 
 Shapes stand for all that reach the same code: those of the layers of a ResNet on 32×32 images, and odd ones.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
-from torch import Tensor
 
-from smi_kernels.registry import Kernel, load_kernel
+from smi_kernels.aot.record import empty, recorded
+from smi_kernels.aot.variant import Expects, Variant
+from smi_kernels.registry import load_kernel
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 _HALF = (80, 86, 89, 90)  # from sm_80 on, see `backends.triton.supports`: below, Triton's products in 16 bits spill
 _ARCHS = {BF16: _HALF, FP16: _HALF, FP32: None}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Expects:
-    """What a compiled kernel may cost. Breaking one of these breaks the build.
-
-    Attributes:
-        spill_bytes: most bytes that ptxas may spill, stores and loads together.
-        stack_bytes: most bytes of stack, for a thread.
-        max_registers: most registers, for a thread. 255 is what the hardware has.
-        cp_async: True: global memory must be read asynchronously, or pipelining has silently stopped. False: it must
-            not be. None: not checked, nor is it below sm_80, which lacks it.
-    """
-
-    spill_bytes: int = 0
-    stack_bytes: int = 0
-    max_registers: int = 255
-    cp_async: bool | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Variant:
-    """One kernel in one configuration.
-
-    Attributes:
-        kernel: a ``@triton.jit`` function or "module:name" of one.
-        name: which configuration; with the kernel's name it is unique.
-        signature: type of each argument that is not a constant, as Triton writes it: ``*fp32``, ``i32``, ``fp32``.
-        constants: values of the others: tile sizes, jitted functions, None for an absent pointer, 1 for a size that is
-            1 (Triton then makes it a constant by itself).
-        aligned: arguments that are multiples of 16: pointers, strides, sizes. Without them no load is wide and nothing
-            is asynchronous.
-        fp_fusion: whether a multiplication and an addition may become one operation, rounded once. None: the launcher
-            leaves it to Triton, whose default depends on its version; the gate does not let that pass.
-        archs: compute capabilities for which it is compiled; None for all.
-    """
-
-    kernel: Kernel
-    name: str
-    signature: Mapping[str, str]
-    constants: Mapping[str, Any] = field(default_factory=dict)
-    aligned: frozenset[str] = frozenset()
-    num_warps: int
-    num_stages: int
-    fp_fusion: bool | None
-    archs: tuple[int, ...] | None = None
-    expects: Expects = Expects()
-
-    @property
-    def kernel_name(self) -> str:
-        """The file and the function, such as ``score_logits._score_logits``."""
-        fn = load_kernel(self.kernel)
-        return f"{fn.__module__.rpartition('.')[2]}.{fn.__name__}"
-
-
-class _NoDriver:
-    """Answers Triton's questions about the current GPU. Its device is nobody else's, and so are its cached kernels."""
-
-    def get_current_device(self) -> str:
-        return "ahead of time"
-
-    def get_current_stream(self, device: object) -> int:
-        return 0
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", 80, 32)  # any: what is recorded is the same for all
-
-
-def recorded(
-    name: str, call: Callable[[], object], *, expects: Expects, archs: tuple[int, ...] | None = None
-) -> list[Variant]:
-    """The kernels that a call launches on tensors made by `empty`, as variants of this name. Nothing runs."""
-    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-    from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
-
-    found: list[Variant] = []
-    launch = JITFunction.run
-    given: dict[str, Any] = {}
-
-    def run(self: Any, *arguments: Any, **options: Any) -> Any:
-        given.clear()
-        given.update(options)
-        return launch(self, *arguments, **options)
-
-    def record(
-        self: Any, key: str, signature: dict[str, str], device: str, constants: Any, options: Any, attrs: Any, _: bool
-    ) -> None:
-        names = self.arg_names
-        found.append(
-            Variant(
-                kernel=self, name=name, expects=expects, archs=archs,
-                signature={argument: kind for argument, kind in signature.items() if kind != "constexpr"},
-                constants={names[place]: value for (place,), value in constants.items()},
-                aligned=frozenset(names[place] for (place,), value in attrs.items() if value),
-                num_warps=options.num_warps, num_stages=options.num_stages, fp_fusion=given.get("enable_fp_fusion"),
-            )
-        )  # fmt: skip
-
-    with (
-        FakeTensorMode(),
-        mock.patch.object(FakeTensor, "data_ptr", lambda self: self.storage_offset() * self.itemsize),
-        mock.patch.object(JITFunction, "run", run),
-        mock.patch.object(JITFunction, "_do_compile", record),  # returns None: Triton then launches nothing
-        mock.patch.object(driver, "_active", _NoDriver()),
-        mock.patch("torch.cuda.device", return_value=contextlib.nullcontext()),
-    ):
-        call()
-    return found
-
-
-def empty(*shape: int, dtype: torch.dtype = FP32, channels_last: bool = False) -> Tensor:
-    """A CUDA tensor without data, inside the call of `recorded`."""
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(shape, dtype=dtype, device="cuda", memory_format=layout)
 
 
 def variants() -> Iterator[Variant]:

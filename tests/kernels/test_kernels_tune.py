@@ -6,10 +6,10 @@ import re
 import pytest
 import torch
 
-from smi_kernels import configs
-from smi_kernels.configs import FOLDER, HALF, SIGNS, nearest, prefers_library, prefers_scratch, tuned_tile
 from smi_kernels.triton.conv_shape import conv_shape
-from smi_kernels.tune import NAMES, TILES, Problem, problems, tiles_for
+from smi_kernels.tune import choices
+from smi_kernels.tune.choices import FOLDER, HALF, SIGNS, nearest, prefers_library, prefers_scratch, tuned_tile
+from smi_kernels.tune.measure import NAMES, TILES, Problem, problems, tiles_for
 
 CPU = torch.device("cpu")
 TUNED = [file for file in FOLDER.glob("*.json") if file.name != "default.json"]
@@ -22,7 +22,7 @@ def shape(images=64, channels=64, outputs=128, size=16, groups=1, draws=2):
 
 
 def row(kind, of, tile, **seconds):
-    return {"kind": kind, "features": configs.features(of), "tile": {"block_m": tile}, **seconds}
+    return {"kind": kind, "features": choices.features(of), "tile": {"block_m": tile}, **seconds}
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def table(monkeypatch):
         row(SIGNS, small, 16, seconds=2.5, perturb_seconds=1.0),
         row(SIGNS, large, 128, seconds=2.5, perturb_seconds=1.0),
     ]
-    monkeypatch.setattr(configs, "load", lambda device: {"convolutions": rows})
+    monkeypatch.setattr(choices, "load", lambda device: {"convolutions": rows})
     nearest.cache_clear()
     yield small, large
     nearest.cache_clear()
@@ -53,7 +53,7 @@ def test_the_nearest_shape_that_was_measured_decides(table):
 
 
 def test_cutting_draws_into_groups_changes_no_choice(table):
-    assert configs.features(shape(draws=1)) == configs.features(shape(draws=7))
+    assert choices.features(shape(draws=1)) == choices.features(shape(draws=7))
 
 
 def test_groups_of_few_channels_go_to_the_library(table):
@@ -74,7 +74,7 @@ def test_what_was_measured(file):
     """Files say where they come from, are found by the name of their device, and hold tiles that can be launched."""
     content = json.loads(file.read_text())
     made = content["measured"]
-    assert f"{configs.file_name(made['device'])}.json" == file.name
+    assert f"{choices.file_name(made['device'])}.json" == file.name
     assert re.match(r"20\d\d-\d\d-\d\dT", made["date"])
     assert {"torch", "triton", "python"} < set(made)
     assert len(content["convolutions"]) == 2 * len(list(problems()))

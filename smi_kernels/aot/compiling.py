@@ -1,39 +1,26 @@
-"""The ahead-of-time gate: compiles every shipped kernel for GPUs that are not there, and holds it to its manifest.
-
-    python -m smi_kernels.aot --arch 75 80 90
-
-A kernel that spills, or that no longer loads asynchronously, gives right numbers at a fraction of the speed, and no
-test of numbers sees it. Exit codes: 0 every kernel keeps its manifest, 1 one does not, 2 bad usage.
-"""
+"""Compile variants of kernels in processes of their own, and hold what comes out to the manifest."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import importlib
-import importlib.util
 import io
-import json
 import multiprocessing
 import os
 import re
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from smi_kernels.errors import InputError, unknown_name
-from smi_kernels.manifest import Variant
+from smi_kernels.aot.variant import Variant
+from smi_kernels.errors import InputError
 from smi_kernels.registry import load_kernel
-
-SHIPPED = "smi_kernels.manifest:variants"
 
 SHARED_MEMORY = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227}
 """Compute capability to the most KiB of shared memory that a block can have. More than that never launches."""
@@ -76,79 +63,9 @@ class Measured:
     breaches: tuple[str, ...]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The entry point; returns the exit code."""
-    options = _parser().parse_args(arguments)
-    try:
-        return _gate(options)
-    except InputError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m smi_kernels.aot", description=__doc__.partition("\n")[0])
-    parser.add_argument("--arch", nargs="+", default=["80", "90"], metavar="N", help="compute capabilities, such as 90")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="kernels, or files of kernels, to compile")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the measurements here too")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes that compile  [default: 1]")
-    parser.add_argument(
-        "--manifest", default=SHIPPED, metavar="MODULE:FUNCTION", help="of kernels  [default: the shipped one]"
-    )
-    return parser
-
-
-def _gate(options: argparse.Namespace) -> int:
-    archs = [_arch(name) for name in dict.fromkeys(options.arch)]
-    if options.jobs < 1:
-        raise InputError(f"--jobs is {options.jobs}. It must be 1 or more.")
-    _check_triton()
-    tasks = _tasks(options.manifest, archs, options.only)
-    start = time.perf_counter()
-    widths = [max(len(getattr(task, name)) for task in tasks) for name in ("kernel", "variant")]
-    print(_row(widths, "kernel", "variant", "arch", "registers", "shared", "stack", "spill", "cp.async"), flush=True)
-    results = []
-    for result in _compile_all(tasks, options.jobs):
-        results.append(result)
-        print(_line(widths, result), flush=True)
-    _write_json(options.json, results)
-    broken = [result for result in results if result.breaches]
-    print(f"\n{len(results)} compiled in {time.perf_counter() - start:.0f} s, {len(broken)} broke the manifest.")
-    for line in _summary(broken):
-        print(line)
-    return 1 if broken else 0
-
-
-def _summary(broken: Iterable[Measured]) -> Iterator[str]:
-    """A line for each kernel and way to break the manifest, with the architectures on which it happens."""
-    archs: dict[tuple[str, str, str], list[str]] = {}
-    for result in broken:
-        task = result.task
-        archs.setdefault((task.kernel, task.variant, "; ".join(result.breaches)), []).append(f"sm_{task.arch}")
-    for (kernel, variant, breaches), where in archs.items():
-        yield f"  {kernel} ({variant}) on {', '.join(where)}: {breaches}"
-
-
-def _arch(name: str) -> int:
-    if name not in map(str, SHARED_MEMORY):
-        raise unknown_name("compute capability", name, map(str, SHARED_MEMORY))
-    return int(name)
-
-
-def _check_triton() -> None:
-    if importlib.util.find_spec("triton") is None:
-        raise InputError("Triton is not installed, so no kernel can be compiled. Triton exists for Linux only.")
-    from triton import knobs
-
-    if knobs.runtime.interpret:
-        raise InputError(
-            "TRITON_INTERPRET is set. Interpreted kernels cannot be compiled in the same process. "
-            "Run again without it: env -u TRITON_INTERPRET python -m smi_kernels.aot"
-        )
-
-
 @functools.cache
-def _load_manifest(reference: str) -> tuple[Variant, ...]:
+def load_manifest(reference: str) -> tuple[Variant, ...]:
+    """The variants that a function gives, by "module:function"."""
     module, _, name = reference.partition(":")
     try:
         function = getattr(importlib.import_module(module), name)
@@ -157,30 +74,7 @@ def _load_manifest(reference: str) -> tuple[Variant, ...]:
     return tuple(function())
 
 
-def _tasks(manifest: str, archs: Iterable[int], only: Sequence[str] | None) -> list[Task]:
-    entries = [(index, variant, variant.kernel_name) for index, variant in enumerate(_load_manifest(manifest))]
-    allowed = {alias for _, _, kernel in entries for alias in _aliases(kernel)}
-    for name in only or ():
-        if name not in allowed:
-            raise unknown_name("kernel", name, allowed)
-    tasks = [
-        Task(manifest=manifest, index=index, arch=arch, kernel=kernel, variant=variant.name)
-        for index, variant, kernel in entries
-        for arch in archs
-        if (variant.archs is None or arch in variant.archs) and (only is None or _aliases(kernel) & set(only))
-    ]
-    if not tasks:
-        raise InputError("The manifest has nothing to compile for that. Try other values of --arch and --only.")
-    if len({(task.kernel, task.variant, task.arch) for task in tasks}) < len(tasks):
-        raise InputError(f"The manifest {manifest!r} has two variants of the same name. Names must be unique.")
-    return tasks
-
-
-def _aliases(kernel: str) -> set[str]:
-    return {kernel, *kernel.split(".")}
-
-
-def _compile_all(tasks: Sequence[Task], jobs: int) -> Iterator[Measured]:
+def compile_all(tasks: Sequence[Task], jobs: int) -> Iterator[Measured]:
     """Compile in other processes, so that a compiler that aborts takes down one kernel and not the gate."""
     with tempfile.TemporaryDirectory() as cache, _environment(cache):
         while tasks:
@@ -227,7 +121,7 @@ def _environment(cache: str) -> Iterator[None]:
 
 def measure(task: Task) -> Measured:
     """Compile one kernel for one architecture and hold it to its manifest."""
-    variant = _load_manifest(task.manifest)[task.index]
+    variant = load_manifest(task.manifest)[task.index]
     log = io.StringIO()
     start = time.perf_counter()
     try:
@@ -309,33 +203,3 @@ def _breaches(resources: Resources, variant: Variant, arch: int) -> Iterator[str
         yield f"{resources.shared_bytes} bytes of shared memory, and sm_{arch} has {available}"
     if expects.cp_async is not None and arch >= 80 and resources.cp_async is not expects.cp_async:
         yield "cp.async is missing" if expects.cp_async else "cp.async is there and was not expected"
-
-
-def _line(widths: Sequence[int], result: Measured) -> str:
-    task, cost = result.task, result.resources
-    cells = ["-"] * 5
-    if cost is not None:
-        numbers = (cost.registers, cost.shared_bytes, cost.stack_bytes, cost.spill_bytes)
-        cells = [*map(str, numbers), "yes" if cost.cp_async else "no"]
-    line = _row(widths, task.kernel, task.variant, f"sm_{task.arch}", *cells)
-    return f"{line}  BROKEN" if result.breaches else line
-
-
-def _row(widths: Sequence[int], kernel: str, variant: str, arch: str, *numbers: str) -> str:
-    return f"{kernel:<{widths[0]}}  {variant:<{widths[1]}}  {arch:<5}" + "".join(f"{n:>10}" for n in numbers)
-
-
-def _write_json(path: Path | None, results: Sequence[Measured]) -> None:
-    if path is None:
-        return
-    import triton
-
-    record = {"triton": triton.__version__, "kernels": [asdict(result) for result in results]}
-    try:
-        path.write_text(json.dumps(record, indent=1) + "\n")
-    except OSError as error:
-        raise InputError(f"Cannot write {path}: {error.strerror}. Choose another file for --json.") from error
-
-
-if __name__ == "__main__":
-    sys.exit(main())

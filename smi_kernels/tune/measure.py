@@ -1,40 +1,26 @@
-"""Measure on the GPU at hand how each convolution is run fastest, and write the device's configuration.
-
-    python -m smi_kernels.tune
-
-times our convolution with each of `TILES`, and the vendor's library, on the layers of the benchmark's models in
-bfloat16, and writes ``configs/<device>.json`` (with the date and versions), which `smi_kernels.configs` reads from then
-on. Compiling takes a minute or two on 16 cores.
-"""
+"""Times of the benchmark's convolutions, by our kernel with each tile and by the vendor's library."""
 
 from __future__ import annotations
 
-import json
 import math
 import multiprocessing
-import os
-import platform
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-import click
 import torch
 from torch import Tensor, nn
 
-from smi_kernels import configs, ops  # noqa: F401  registers torch.ops.smi_kernels
+from smi_kernels import ops  # noqa: F401  registers torch.ops.smi_kernels
 from smi_kernels.backends.triton import library_conv
 from smi_kernels.bench.models import ARCHITECTURES, make_images, make_model
-from smi_kernels.configs import HALF, SIGNS
 from smi_kernels.epilogues import epilogues
 from smi_kernels.graph.layers import zero_padding
 from smi_kernels.graph.plan import Layer, plan_of
 from smi_kernels.registry import load_kernel
 from smi_kernels.triton.conv_shape import ConvShape, conv_shape
+from smi_kernels.tune.choices import HALF, SIGNS, features
 
 DRAWS = 8
 """Draws in a group."""
@@ -168,7 +154,7 @@ def measure(problem: Problem, kind: str) -> dict[str, Any]:
     best = times.index(min(times))
     row = {
         "kind": kind,
-        "features": {name: round(value, 4) for name, value in configs.features(problem.shape).items()},
+        "features": {name: round(value, 4) for name, value in features(problem.shape).items()},
         "tile": tiles[best],
         "seconds": times[best],
     }
@@ -201,44 +187,3 @@ def compile_all(jobs: int) -> None:
     """Compile what `measure` runs, on several processors."""
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         list(pool.map(compile_one, range(len(list(problems(IMAGES[:1]))))))
-
-
-@click.command(help=__doc__)
-@click.option("--force", is_flag=True, help="Replace the device's configuration.")
-@click.option("--jobs", type=click.IntRange(1), default=lambda: os.cpu_count() or 1, show_default="processors",
-              help="Processes that compile.")  # fmt: skip
-def main(force: bool, jobs: int) -> None:
-    """Measure, and write the configuration."""
-    if not torch.cuda.is_available():
-        raise click.UsageError("There is no CUDA device here. A configuration holds measurements of one.")
-    device = torch.cuda.get_device_name()
-    target = Path(configs.FOLDER) / f"{configs.file_name(device)}.json"
-    if target.exists() and not force:
-        raise click.UsageError(f"{target} exists. Replace it with --force.")
-    compile_all(jobs)
-    torch.backends.cudnn.benchmark = True  # the library at its best
-    rows = []
-    for name, module, size, n in problems():
-        problem = Problem(module, size, n, "cuda")
-        for kind in TILES:
-            row = measure(problem, kind)
-            tile = "×".join(str(row["tile"][name]) for name in NAMES[:3])
-            other = "library_seconds" if kind == HALF else "perturb_seconds"
-            took = f"{row['seconds']:.2e} s, {other} {row[other]:.2e}"
-            click.echo(f"{name} {list(module.weight.shape)} N={n} {kind}: {tile} {took}")
-            rows.append(row)
-    measured = {
-        "device": device,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "torch": torch.__version__,
-        "triton": version("triton"),
-        "python": platform.python_version(),
-    }
-    fresh = target.with_suffix(".tmp")
-    fresh.write_text(json.dumps({"measured": measured, "convolutions": rows}, indent=1) + "\n")
-    fresh.replace(target)
-    click.echo(f"Wrote {target}.")
-
-
-if __name__ == "__main__":
-    main()
