@@ -22,15 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smi_kernels import twins
 from smi_kernels.divergences import divergences
 from smi_kernels.epilogues import epilogues
 from smi_kernels.errors import InputError
 from smi_kernels.noise import INDEPENDENT, INPUT, PARAMETERS, families
+from smi_kernels.ops import twins
+from smi_kernels.ops.launch import interpreting
 from smi_kernels.plugins import load_plugins
 from smi_kernels.registry import Registry, load_kernel
 from smi_kernels.scores import stability_scores
-from smi_kernels.triton import interpreting
 
 SAMPLE = 1 << 16
 """Values on which moments are checked. Bounds are five standard errors: a sound family fails once in a million."""
@@ -190,7 +190,7 @@ def _device() -> str:
 
 
 def _family_twin(name: str, tolerance: float) -> None:
-    from smi_kernels.triton.unit_noise import unit_noise
+    from smi_kernels.ops.unit_noise.kernel import unit_noise
 
     family, index = families[name], torch.tensor([5, 0, 1, 2, 3, 2**32 - 1, 77], device=_device())
     ids = torch.arange(len(index), device=_device())
@@ -214,7 +214,7 @@ def _family_twin(name: str, tolerance: float) -> None:
 
 
 def _divergence_twin(name: str, tolerance: float) -> None:
-    from smi_kernels.triton.score_logits import score_logits
+    from smi_kernels.ops.score_logits.kernel import score_logits
 
     clean, perturbed, labels = (t.to(_device()) for t in _logits())
     for reduce in ("none", "mean", "max"):
@@ -224,7 +224,7 @@ def _divergence_twin(name: str, tolerance: float) -> None:
 
 
 def _epilogue_twin(name: str, tolerance: float) -> None:
-    from smi_kernels.triton.perturbed_linear import perturbed_linear
+    from smi_kernels.ops.perturbed_linear.kernel import perturbed_linear
 
     values = torch.linspace(-12, 12, 17 * 19, device=_device()).reshape(17, 19)
     identity = torch.eye(19, device=_device())[None]

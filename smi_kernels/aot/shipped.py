@@ -39,7 +39,7 @@ _DRAWS: dict[str, Any] = {"first": 0, "draws": 4, "seed": 1}
 
 def _unit_noise() -> Iterator[Variant]:
     from smi_kernels.noise import INPUT, families
-    from smi_kernels.triton.unit_noise import unit_noise
+    from smi_kernels.ops.unit_noise.kernel import unit_noise
 
     def call(family: str, antithetic: bool) -> None:
         index = empty(1000, dtype=torch.int64)
@@ -51,7 +51,7 @@ def _unit_noise() -> Iterator[Variant]:
 
 def _perturb_weight() -> Iterator[Variant]:
     from smi_kernels.noise import families
-    from smi_kernels.triton.perturb_weight import perturb_weight
+    from smi_kernels.ops.perturb_weight.kernel import perturb_weight
 
     def call(family: str, dtype: torch.dtype, shape: tuple[int, int, int], antithetic: bool) -> None:
         rows, channels, taps = shape
@@ -75,7 +75,7 @@ def _perturb_weight() -> Iterator[Variant]:
 
 def _perturb_input() -> Iterator[Variant]:
     from smi_kernels.noise import families
-    from smi_kernels.triton.perturb_input import perturb_input
+    from smi_kernels.ops.perturb_input.kernel import perturb_input
 
     def call(family: str, dtype: torch.dtype, channels: int, size: int, antithetic: bool) -> None:
         images = empty(64, channels, size, size)
@@ -90,7 +90,7 @@ def _perturb_input() -> Iterator[Variant]:
 
 def _score_logits() -> Iterator[Variant]:
     from smi_kernels.divergences import divergences
-    from smi_kernels.triton.score_logits import score_logits
+    from smi_kernels.ops.score_logits.kernel import score_logits
 
     def call(divergence: str, reduce: str, classes: int) -> None:
         labels = empty(256, dtype=torch.int64) if divergences[divergence].needs_labels else None
@@ -105,7 +105,7 @@ def _score_logits() -> Iterator[Variant]:
 
 
 def _pack_signs() -> Iterator[Variant]:
-    from smi_kernels.triton.pack_signs import pack_signs
+    from smi_kernels.ops.perturbed_conv.pack_signs import pack_signs
 
     for pairs in (False, True):
         call = partial(pack_signs, 128, 64, 9, tensor=3, antithetic=pairs, device="cuda", **_DRAWS)
@@ -114,7 +114,7 @@ def _pack_signs() -> Iterator[Variant]:
 
 def _perturbed_conv() -> Iterator[Variant]:
     from smi_kernels.epilogues.triton import relu
-    from smi_kernels.triton.perturbed_conv import perturbed_conv, perturbed_conv_signs
+    from smi_kernels.ops.perturbed_conv.kernel import perturbed_conv, perturbed_conv_signs
 
     def call(signs: bool, dtype: torch.dtype, size: int, channels: int, outputs: int, stride: int) -> None:
         images = empty(4 * 64, channels, size, size, dtype=dtype, channels_last=True)
@@ -140,7 +140,7 @@ def _perturbed_conv() -> Iterator[Variant]:
 
 def _perturbed_linear() -> Iterator[Variant]:
     from smi_kernels.epilogues import epilogues
-    from smi_kernels.triton.perturbed_linear import perturbed_linear, perturbed_linear_signs
+    from smi_kernels.ops.perturbed_linear.kernel import perturbed_linear, perturbed_linear_signs
 
     def call(signs: bool, dtype: torch.dtype, rows: int, outputs: int, features: int, epilogue: str) -> None:
         x = empty(4 * rows, features, dtype=dtype)

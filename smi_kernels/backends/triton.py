@@ -28,10 +28,10 @@ from smi_kernels.graph.layers import zero_padding
 from smi_kernels.graph.plan import Call, Layer, Plan, plan_of, reads_of
 from smi_kernels.graph.tracing import NotTraceable
 from smi_kernels.noise import INDEPENDENT, PARAMETERS, families
+from smi_kernels.ops.launch import interpreting
+from smi_kernels.ops.perturbed_conv.shape import ConvShape, conv_shape
 from smi_kernels.precision import plain
 from smi_kernels.request import Request, check_logits
-from smi_kernels.triton import interpreting
-from smi_kernels.triton.conv_shape import ConvShape, conv_shape
 from smi_kernels.tune.choices import fits_kernel, prefers_library, prefers_scratch
 
 SCRATCH = 32 << 20
@@ -333,7 +333,7 @@ def library_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, draws: int,
     geometry: tuple[list[int], list[int], list[int], int], epilogue: str, *, shared: bool, out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """What `smi_kernels.triton.perturbed_conv` computes by the vendor's library, draw by draw.
+    """What `smi_kernels.ops.perturbed_conv.kernel` computes by the vendor's library, draw by draw.
 
     Args:
         x: ``[draws·N, C, H, W]``, or ``[N, C, H, W]`` with ``shared``.

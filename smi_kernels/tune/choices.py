@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from smi_kernels.triton.conv_shape import ConvShape
+from smi_kernels.ops.perturbed_conv.shape import ConvShape
 
 FOLDER = Path(__file__).parent / "configs"
 

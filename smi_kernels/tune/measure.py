@@ -18,8 +18,8 @@ from smi_kernels.bench.models import ARCHITECTURES, make_images, make_model
 from smi_kernels.epilogues import epilogues
 from smi_kernels.graph.layers import zero_padding
 from smi_kernels.graph.plan import Layer, plan_of
+from smi_kernels.ops.perturbed_conv.shape import ConvShape, conv_shape
 from smi_kernels.registry import load_kernel
-from smi_kernels.triton.conv_shape import ConvShape, conv_shape
 from smi_kernels.tune.choices import HALF, SIGNS, features
 
 DRAWS = 8
@@ -93,7 +93,7 @@ class Problem:
 
     def ours(self, kind: str, tile: dict[str, int] | None) -> Tensor:
         """By our kernel; with the tile that it chooses itself where none is given."""
-        from smi_kernels.triton.perturbed_conv import perturbed_conv, perturbed_conv_signs
+        from smi_kernels.ops.perturbed_conv.kernel import perturbed_conv, perturbed_conv_signs
 
         kernel, stride, padding, dilation = self._pairs
         common: dict[str, Any] = {

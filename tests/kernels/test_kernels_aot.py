@@ -16,8 +16,8 @@ pytest.importorskip("triton")
 
 from smi_kernels.aot.gate import main
 from smi_kernels.aot.shipped import variants
-from smi_kernels.triton.perturbed_conv import conv_tile
-from smi_kernels.triton.perturbed_linear import linear_tile
+from smi_kernels.ops.perturbed_conv.kernel import conv_tile
+from smi_kernels.ops.perturbed_linear.kernel import linear_tile
 
 HERE = Path(__file__).parent
 KERNELS = HERE.parents[1] / "smi_kernels" / "triton"

@@ -4,8 +4,9 @@ import pytest
 import torch
 from operator_samples import SAMPLES, chain, chain_arguments, random, run, sample
 
-from smi_kernels import InputError, ops, twins
+from smi_kernels import InputError, ops
 from smi_kernels.noise import INPUT, PARAMETERS, draw, families
+from smi_kernels.ops import twins
 
 
 @pytest.mark.parametrize(("name", "number"), SAMPLES)

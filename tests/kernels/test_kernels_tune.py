@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from smi_kernels.triton.conv_shape import conv_shape
+from smi_kernels.ops.perturbed_conv.shape import conv_shape
 from smi_kernels.tune import choices
 from smi_kernels.tune.choices import FOLDER, HALF, SIGNS, nearest, prefers_library, prefers_scratch, tuned_tile
 from smi_kernels.tune.measure import NAMES, TILES, Problem, problems, tiles_for

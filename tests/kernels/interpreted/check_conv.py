@@ -8,9 +8,9 @@ from smi_kernels.epilogues import epilogues
 from smi_kernels.epilogues.triton import identity, relu
 from smi_kernels.errors import InputError
 from smi_kernels.noise import draw, families
+from smi_kernels.ops.perturbed_conv.kernel import conv_tile, perturbed_conv, perturbed_conv_signs
+from smi_kernels.ops.perturbed_conv.pack_signs import pack_signs
 from smi_kernels.registry import load_kernel
-from smi_kernels.triton.pack_signs import pack_signs
-from smi_kernels.triton.perturbed_conv import conv_tile, perturbed_conv, perturbed_conv_signs
 
 STD, TENSOR, SEED = 0.25, 7, (1 << 63) + (1 << 31) + 9  # both words of the seed have their highest bit set
 SMALL = {"block_m": 16, "block_o": 16, "block_k": 16, "num_warps": 4, "num_stages": 2}

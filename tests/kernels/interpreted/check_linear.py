@@ -8,8 +8,8 @@ from smi_kernels.epilogues import epilogues
 from smi_kernels.epilogues.triton import identity, relu
 from smi_kernels.errors import InputError
 from smi_kernels.noise import draw, families
+from smi_kernels.ops.perturbed_linear.kernel import linear_tile, perturbed_linear, perturbed_linear_signs
 from smi_kernels.registry import load_kernel
-from smi_kernels.triton.perturbed_linear import linear_tile, perturbed_linear, perturbed_linear_signs
 
 STD, TENSOR, SEED = 0.25, 3, (1 << 63) + (1 << 31) + 5  # both words of the seed have their highest bit set
 SMALL = {"block_m": 16, "block_o": 16, "num_warps": 4, "num_stages": 2}

@@ -9,8 +9,8 @@ from smi_kernels.errors import InputError
 from smi_kernels.noise import Family, draw, families
 from smi_kernels.noise.philox import uniform as torch_uniform
 from smi_kernels.noise.triton import gaussian, philox_words, uniform
-from smi_kernels.triton import as_word, key_words
-from smi_kernels.triton.unit_noise import unit_noise
+from smi_kernels.ops.launch import as_word, key_words
+from smi_kernels.ops.unit_noise.kernel import unit_noise
 
 SEEDS = [0, 1, 0xFFFFFFFF, 2**32 + 5, 2**63 + 0x123456789, 2**64 - 1]
 LARGEST = 2**32 - 1  # tensor id

@@ -3,8 +3,8 @@ import torch
 
 from smi_kernels.errors import InputError
 from smi_kernels.noise import PARAMETERS, Draw, draw, factors, families
-from smi_kernels.triton.perturb_input import perturb_input
-from smi_kernels.triton.perturb_weight import perturb_weight
+from smi_kernels.ops.perturb_input.kernel import perturb_input
+from smi_kernels.ops.perturb_weight.kernel import perturb_weight
 
 SEED, STD, TENSOR = 2**63 + 0x123456789, 0.0371, 2**32 - 3
 SHAPES = [(5, 7), (1, 1), (3, 513), (5, 7, 3, 3), (1, 3, 7, 7), (33, 20, 3, 3), (2, 5, 1, 1), (3, 1, 5)]

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from smi_kernels.divergences import Divergence
 from smi_kernels.errors import InputError, unknown_name
+from smi_kernels.ops.launch import check_dtype, check_shape, check_tensors, next_power_of_two, on_device
 from smi_kernels.registry import load_kernel
-from smi_kernels.triton import check_dtype, check_shape, check_tensors, next_power_of_two, on_device
 
 REDUCTIONS = {"mean": 0, "max": 1, "none": 2}
 """Reductions over draws. The values are the kernel's constants."""

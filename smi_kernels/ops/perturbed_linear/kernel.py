@@ -17,7 +17,7 @@ from torch import Tensor
 from smi_kernels.epilogues.triton import finish
 from smi_kernels.errors import InputError
 from smi_kernels.noise.triton import philox_words
-from smi_kernels.triton import (
+from smi_kernels.ops.launch import (
     LOW_PRECISION,
     as_word,
     check_dtype,
@@ -29,7 +29,7 @@ from smi_kernels.triton import (
     readable,
     writable,
 )
-from smi_kernels.triton.pack_signs import perturb_by_sign, rounding
+from smi_kernels.ops.perturbed_conv.pack_signs import perturb_by_sign, rounding
 
 SIGN_BLOCK = 128
 """Features of a tile whose signs are drawn: one counter's."""

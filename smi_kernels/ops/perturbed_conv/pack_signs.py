@@ -15,7 +15,7 @@ from torch import Tensor
 
 from smi_kernels.errors import InputError
 from smi_kernels.noise.triton import philox_words
-from smi_kernels.triton import as_word, check_tensors, interpreting, key_words, on_device
+from smi_kernels.ops.launch import as_word, check_tensors, interpreting, key_words, on_device
 
 
 @triton.jit

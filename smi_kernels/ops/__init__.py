@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from smi_kernels import triton as kernels, twins
 from smi_kernels.divergences import divergences
 from smi_kernels.epilogues import epilogues
 from smi_kernels.noise import families
+from smi_kernels.ops import launch as kernels, twins
 from smi_kernels.registry import load_kernel
 
 
@@ -31,11 +31,11 @@ def unit_noise(
     index: Tensor, tensor: Tensor, family: str, first: int, draws: int, seed_low: int, seed_high: int, stream: int,
     antithetic: bool,
 ) -> Tensor:  # fmt: skip
-    """See `smi_kernels.triton.unit_noise`."""
+    """See `smi_kernels.ops.unit_noise.kernel`."""
     source, seed = families[family], _seed(seed_low, seed_high)
     if not _compiled(index):
         return twins.unit_noise(index, tensor, source, first, draws, seed, stream, antithetic)
-    from smi_kernels.triton.unit_noise import unit_noise as launch
+    from smi_kernels.ops.unit_noise.kernel import unit_noise as launch
 
     return launch(
         index, tensor, family=source, first=first, draws=draws, seed=seed, stream=stream, antithetic=antithetic
@@ -55,13 +55,13 @@ def perturb_weight(
     theta: Tensor, out: Tensor, std: float, scale: Tensor | None, tensor: int, family: str, first: int, draws: int,
     seed_low: int, seed_high: int, antithetic: bool, left: Tensor | None, right: Tensor | None,
 ) -> None:  # fmt: skip
-    """See `smi_kernels.triton.perturb_weight`; left and right are the factors of a structured family, or None."""
+    """See `smi_kernels.ops.perturb_weight.kernel`; left and right are the factors of a structured family, or None."""
     source, seed = families[family], _seed(seed_low, seed_high)
     factors = (left, right) if left is not None and right is not None else None
     if not _compiled(theta):
         twins.perturb_weight(theta, out, std, scale, tensor, source, first, draws, seed, antithetic, factors)
         return
-    from smi_kernels.triton.perturb_weight import perturb_weight as launch
+    from smi_kernels.ops.perturb_weight.kernel import perturb_weight as launch
 
     launch(
         theta, out, std=std, scale=scale, tensor=tensor, family=source, first=first, draws=draws, seed=seed,
@@ -82,11 +82,11 @@ def perturb_input(
     images: Tensor, sigma: float, family: str, first: int, draws: int, seed_low: int, seed_high: int,
     antithetic: bool, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """See `smi_kernels.triton.perturb_input`."""
+    """See `smi_kernels.ops.perturb_input.kernel`."""
     source, seed = families[family], _seed(seed_low, seed_high)
     if not _compiled(images):
         return twins.perturb_input(images, sigma, source, first, draws, seed, antithetic, dtype)
-    from smi_kernels.triton.perturb_input import perturb_input as launch
+    from smi_kernels.ops.perturb_input.kernel import perturb_input as launch
 
     return launch(
         images, sigma=sigma, family=source, first=first, draws=draws, seed=seed, antithetic=antithetic, dtype=dtype
@@ -107,11 +107,11 @@ def perturbed_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, draws: int, epilogue: str, shared: bool,
     out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """See `smi_kernels.triton.perturbed_linear`."""
+    """See `smi_kernels.ops.perturbed_linear.kernel`."""
     activation = epilogues[epilogue]
     if not _compiled(x):
         return twins.perturbed_linear(x, weight, bias, residual, draws, activation, shared, out_dtype)
-    from smi_kernels.triton.perturbed_linear import perturbed_linear as launch
+    from smi_kernels.ops.perturbed_linear.kernel import perturbed_linear as launch
 
     return launch(
         x, weight, bias, residual, draws=draws, epilogue=load_kernel(activation.kernel), shared=shared,
@@ -133,13 +133,13 @@ def perturbed_conv(
     stride: list[int], padding: list[int], dilation: list[int], groups: int, epilogue: str, shared: bool,
     out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """See `smi_kernels.triton.perturbed_conv`."""
+    """See `smi_kernels.ops.perturbed_conv.kernel`."""
     activation = epilogues[epilogue]
     if not _compiled(x):
         return twins.perturbed_conv(
             x, weight, bias, residual, draws, kernel, stride, padding, dilation, groups, activation, shared, out_dtype
         )
-    from smi_kernels.triton.perturbed_conv import perturbed_conv as launch
+    from smi_kernels.ops.perturbed_conv.kernel import perturbed_conv as launch
 
     return launch(
         x, weight, bias, residual, draws=draws, kernel_size=_pair(kernel), stride=_pair(stride),
@@ -163,12 +163,12 @@ def perturbed_linear_signs(
     tensor: int, first: int, draws: int, seed_low: int, seed_high: int, antithetic: bool, epilogue: str, shared: bool,
     out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """See `smi_kernels.triton.perturbed_linear`: Rademacher noise drawn inside the product; float32 theta."""
+    """See `smi_kernels.ops.perturbed_linear.kernel`: Rademacher noise drawn inside the product; float32 theta."""
     activation, seed = epilogues[epilogue], _seed(seed_low, seed_high)
     if not _compiled(x):
         weight = _signed(theta, x, std, tensor, first, draws, seed, antithetic, scale)
         return twins.perturbed_linear(x, weight.flatten(2), bias, residual, draws, activation, shared, out_dtype)
-    from smi_kernels.triton.perturbed_linear import perturbed_linear_signs as launch
+    from smi_kernels.ops.perturbed_linear.kernel import perturbed_linear_signs as launch
 
     return launch(
         x, theta.to(x.dtype), scale, bias, residual, std=std, tensor=tensor, first=first, draws=draws, seed=seed,
@@ -191,7 +191,7 @@ def perturbed_conv_signs(
     tensor: int, first: int, draws: int, seed_low: int, seed_high: int, antithetic: bool, stride: list[int],
     padding: list[int], dilation: list[int], groups: int, epilogue: str, shared: bool, out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """See `smi_kernels.triton.perturbed_conv`: one bit a weight, expanded inside the product; float32 theta."""
+    """See `smi_kernels.ops.perturbed_conv.kernel`: one bit a weight, expanded inside the product; float32 theta."""
     activation, seed = epilogues[epilogue], _seed(seed_low, seed_high)
     rows, channels, *kernel = theta.shape
     if not _compiled(x):
@@ -199,8 +199,8 @@ def perturbed_conv_signs(
         return twins.perturbed_conv(
             x, weight, bias, residual, draws, kernel, stride, padding, dilation, groups, activation, shared, out_dtype
         )
-    from smi_kernels.triton.pack_signs import pack_signs
-    from smi_kernels.triton.perturbed_conv import perturbed_conv_signs as launch
+    from smi_kernels.ops.perturbed_conv.kernel import perturbed_conv_signs as launch
+    from smi_kernels.ops.perturbed_conv.pack_signs import pack_signs
 
     signs = pack_signs(
         rows, channels, kernel[0] * kernel[1], tensor=tensor, first=first, draws=draws, seed=seed,
@@ -226,11 +226,11 @@ def _(
 
 @custom_op("smi_kernels::score_logits", mutates_args=())
 def score_logits(clean: Tensor, perturbed: Tensor, labels: Tensor | None, divergence: str, reduce: str) -> Tensor:
-    """See `smi_kernels.triton.score_logits`."""
+    """See `smi_kernels.ops.score_logits.kernel`."""
     measure = divergences[divergence]
     if not _compiled(clean):
         return twins.score_logits(clean, perturbed, labels, measure, reduce).contiguous()
-    from smi_kernels.triton.score_logits import score_logits as launch
+    from smi_kernels.ops.score_logits.kernel import score_logits as launch
 
     return launch(clean, perturbed, labels, divergence=measure, reduce=reduce)
 

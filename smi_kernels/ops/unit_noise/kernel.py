@@ -10,8 +10,8 @@ from torch import Tensor
 from smi_kernels.errors import InputError
 from smi_kernels.noise import Family
 from smi_kernels.noise.triton import counter_noise
+from smi_kernels.ops.launch import as_word, check_dtype, check_shape, check_tensors, key_words, on_device
 from smi_kernels.registry import load_kernel
-from smi_kernels.triton import as_word, check_dtype, check_shape, check_tensors, key_words, on_device
 
 
 def unit_noise(

@@ -12,7 +12,7 @@ from torch import Tensor
 from smi_kernels.errors import InputError, unknown_name
 from smi_kernels.noise import FLIPOUT, INDEPENDENT, PARAMETERS, RANK1, Family
 from smi_kernels.noise.triton import counter_noise
-from smi_kernels.triton import (
+from smi_kernels.ops.launch import (
     as_word,
     check_dtype,
     check_shape,
@@ -22,7 +22,7 @@ from smi_kernels.triton import (
     on_device,
     writable,
 )
-from smi_kernels.triton.unit_noise import family_kernel, number_grid
+from smi_kernels.ops.unit_noise.kernel import family_kernel, number_grid
 
 _STRUCTURES = {INDEPENDENT: 0, RANK1: 1, FLIPOUT: 2}
 """The kernel's constants for how the noise of a weight is built."""

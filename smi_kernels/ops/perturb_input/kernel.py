@@ -10,8 +10,8 @@ from torch import Tensor
 from smi_kernels.errors import InputError
 from smi_kernels.noise import INDEPENDENT, INPUT, Family
 from smi_kernels.noise.triton import counter_noise
-from smi_kernels.triton import check_dtype, check_tensors, key_words, next_power_of_two, on_device, writable
-from smi_kernels.triton.unit_noise import family_kernel, number_grid
+from smi_kernels.ops.launch import check_dtype, check_tensors, key_words, next_power_of_two, on_device, writable
+from smi_kernels.ops.unit_noise.kernel import family_kernel, number_grid
 
 
 def perturb_input(

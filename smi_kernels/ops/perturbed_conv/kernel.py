@@ -17,7 +17,7 @@ from torch import Tensor
 
 from smi_kernels.epilogues.triton import finish
 from smi_kernels.errors import InputError
-from smi_kernels.triton import (
+from smi_kernels.ops.launch import (
     LOW_PRECISION,
     check_dtype,
     check_shape,
@@ -27,8 +27,8 @@ from smi_kernels.triton import (
     readable,
     writable,
 )
-from smi_kernels.triton.conv_shape import ConvShape, Pair, conv_shape
-from smi_kernels.triton.pack_signs import perturb_by_sign, rounding
+from smi_kernels.ops.perturbed_conv.pack_signs import perturb_by_sign, rounding
+from smi_kernels.ops.perturbed_conv.shape import ConvShape, Pair, conv_shape
 from smi_kernels.tune.choices import HALF, SIGNS, tuned_tile
 
 Tile = dict[str, int]
