@@ -33,5 +33,7 @@ moved(
         "plan": "smi_kernels.graph.plan",
         "reductions": "smi_kernels.divergences.reductions",
         "tracing": "smi_kernels.graph.tracing",
+        "triton": "smi_kernels.ops, and beside the torch twin in smi_kernels.noise, divergences and epilogues",
+        "twins": "smi_kernels.ops, in each operator's reference",
     },
 )

@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from smi_kernels.aot.variant import Expects, Variant
+from smi_kernels.aot.variant import FP32, Expects, Variant
 
 
 class _NoDriver:
@@ -74,7 +74,7 @@ def recorded(
     return found
 
 
-def empty(*shape: int, dtype: torch.dtype = torch.float32, channels_last: bool = False) -> Tensor:
+def empty(*shape: int, dtype: torch.dtype = FP32, channels_last: bool = False) -> Tensor:
     """A CUDA tensor without data, inside the call of `recorded`."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(shape, dtype=dtype, device="cuda", memory_format=layout)

@@ -6,7 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from smi_kernels.registry import Kernel, load_kernel
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+SHORT = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
+"""Types as they are called in a variant's name."""
+
+_HALF = (80, 86, 89, 90)  # from sm_80 on, see `backends.triton.supports`: below, Triton's products in 16 bits spill
+ARCHS: dict[torch.dtype, tuple[int, ...] | None] = {BF16: _HALF, FP16: _HALF, FP32: None}
+"""Compute capabilities on which a type is used; None for all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +67,16 @@ class Variant:
 
     @property
     def kernel_name(self) -> str:
-        """The file and the function, such as ``score_logits._score_logits``."""
+        """The operator's folder, or a file of another name, and the function: ``score_logits._score_logits``."""
         fn = load_kernel(self.kernel)
-        return f"{fn.__module__.rpartition('.')[2]}.{fn.__name__}"
+        return f"{fn.__module__.removesuffix('.kernel').rpartition('.')[2]}.{fn.__name__}"
+
+
+def sizes(*numbers: int) -> str:
+    """Sizes in a variant's name."""
+    return "x".join(map(str, numbers))
+
+
+def pairs(antithetic: bool) -> str:
+    """Whether draws are antithetic, in a variant's name."""
+    return " antithetic" if antithetic else ""

@@ -15,21 +15,9 @@ from smi_kernels.noise.torch import (
     draw,
     factors,
     families,
-)
+)  # fmt: skip
 
 __all__ = [
-    "FLIPOUT",
-    "INDEPENDENT",
-    "INPUT",
-    "PARAMETERS",
-    "RANK1",
-    "SIGNS",
-    "STRUCTURES",
-    "Draw",
-    "Family",
-    "base",
-    "combine",
-    "draw",
-    "factors",
-    "families",
-]
+    "FLIPOUT", "INDEPENDENT", "INPUT", "PARAMETERS", "RANK1", "SIGNS", "STRUCTURES", "Draw", "Family", "base",
+    "combine", "draw", "factors", "families",
+]  # fmt: skip

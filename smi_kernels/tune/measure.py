@@ -18,8 +18,7 @@ from smi_kernels.bench.models import ARCHITECTURES, make_images, make_model
 from smi_kernels.epilogues import epilogues
 from smi_kernels.graph.layers import zero_padding
 from smi_kernels.graph.plan import Layer, plan_of
-from smi_kernels.ops.perturbed_conv.shape import ConvShape, conv_shape
-from smi_kernels.registry import load_kernel
+from smi_kernels.ops.perturbed_conv.shape import ConvShape, conv_shape, geometry
 from smi_kernels.tune.choices import HALF, SIGNS, features
 
 DRAWS = 8
@@ -73,7 +72,7 @@ class Problem:
         padding = zero_padding(module)
         assert padding is not None
         self.module, rows = module, module.out_channels
-        self.geometry = (list(module.stride), list(padding), list(module.dilation), module.groups)
+        self.geometry = geometry(module.kernel_size, module.stride, padding, module.dilation, module.groups)
         self.x = torch.randn(DRAWS * images, *size, device=device, dtype=torch.bfloat16)
         self.x = self.x.contiguous(memory_format=torch.channels_last)
         weight = torch.randn(DRAWS, *module.weight.shape, device=device, dtype=torch.bfloat16)
@@ -82,27 +81,18 @@ class Problem:
         words = -(-module.weight.shape[1] // 32)
         bits = (DRAWS, rows, module.weight[0, 0].numel(), words)
         self.signs = torch.randint(-(2**31), 2**31 - 1, bits, device=device, dtype=torch.int32)
-        like = self.weight.shape[1:]
-        kernel, stride, zeros, dilation = self._pairs
-        self.shape = conv_shape(self.x, like, DRAWS, kernel, stride, zeros, dilation, module.groups, shared=False)
-
-    @property
-    def _pairs(self) -> tuple[tuple[int, int], ...]:
-        stride, padding, dilation, _ = self.geometry
-        return tuple((a, b) for a, b in (self.module.kernel_size, stride, padding, dilation))
+        self.shape = conv_shape(self.x, self.weight.shape[1:], DRAWS, self.geometry, shared=False)
 
     def ours(self, kind: str, tile: dict[str, int] | None) -> Tensor:
         """By our kernel; with the tile that it chooses itself where none is given."""
-        from smi_kernels.ops.perturbed_conv.kernel import perturbed_conv, perturbed_conv_signs
+        from smi_kernels.ops.perturbed_conv.kernel import Packed, perturbed_conv
 
-        kernel, stride, padding, dilation = self._pairs
-        common: dict[str, Any] = {
-            "draws": DRAWS, "kernel_size": kernel, "stride": stride, "padding": padding, "dilation": dilation,
-            "groups": self.module.groups, "epilogue": load_kernel(epilogues["relu"].kernel), "tile": tile,
-        }  # fmt: skip
-        if kind == HALF:
-            return perturbed_conv(self.x, self.weight, self.bias, **common)
-        return perturbed_conv_signs(self.x, self.weight[0].contiguous(), self.signs, None, self.bias, std=0.1, **common)
+        packed = None if kind == HALF else Packed(self.signs, 0.1)
+        weight = self.weight if kind == HALF else self.weight[0].contiguous()
+        return perturbed_conv(
+            self.x, weight, self.bias, draws=DRAWS, geometry=self.geometry, epilogue=epilogues["relu"], packed=packed,
+            tile=tile,
+        )  # fmt: skip
 
     def perturb(self) -> Tensor:
         """Weights with Rademacher noise written out, which `HALF` then multiplies, instead of `SIGNS`."""
@@ -116,8 +106,9 @@ class Problem:
         """By the vendor's library."""
         weight = self.weight.unflatten(2, self.module.kernel_size).permute(0, 1, 4, 2, 3)
         return library_conv(
-            self.x, weight, self.bias, None, DRAWS, self.geometry, "relu", shared=False, out_dtype=self.x.dtype
-        )
+            self.x, weight, self.bias, None, draws=DRAWS, geometry=self.geometry, epilogue=epilogues["relu"],
+            shared=False, out_dtype=self.x.dtype,
+        )  # fmt: skip
 
 
 def tiles_for(kind: str, shape: ConvShape) -> Iterator[dict[str, int]]:

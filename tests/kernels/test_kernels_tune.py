@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from smi_kernels.ops.perturbed_conv.shape import conv_shape
+from smi_kernels.ops.perturbed_conv.shape import conv_shape, geometry
 from smi_kernels.tune import choices
 from smi_kernels.tune.choices import FOLDER, HALF, SIGNS, nearest, prefers_library, prefers_scratch, tuned_tile
 from smi_kernels.tune.measure import NAMES, TILES, Problem, problems, tiles_for
@@ -18,7 +18,7 @@ TUNED = [file for file in FOLDER.glob("*.json") if file.name != "default.json"]
 def shape(images=64, channels=64, outputs=128, size=16, groups=1, draws=2):
     x = torch.empty(draws * images, channels, size, size, device="meta")
     weight = torch.Size((outputs, 9, channels // groups))
-    return conv_shape(x, weight, draws, 3, 1, 1, 1, groups, shared=False)
+    return conv_shape(x, weight, draws, geometry(3, 1, 1, 1, groups), shared=False)
 
 
 def row(kind, of, tile, **seconds):

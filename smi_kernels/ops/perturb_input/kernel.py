@@ -10,8 +10,17 @@ from torch import Tensor
 from smi_kernels.errors import InputError
 from smi_kernels.noise import INDEPENDENT, INPUT, Family
 from smi_kernels.noise.triton import counter_noise
-from smi_kernels.ops.launch import check_dtype, check_tensors, key_words, next_power_of_two, on_device, writable
-from smi_kernels.ops.unit_noise.kernel import family_kernel, number_grid
+from smi_kernels.ops.launch import (
+    LOW_PRECISION,
+    Draws,
+    check_dtype,
+    check_tensors,
+    family_kernel,
+    key_words,
+    next_power_of_two,
+    on_device,
+    writable,
+)
 
 
 def perturb_input(
@@ -19,16 +28,13 @@ def perturb_input(
     *,
     sigma: float,
     family: Family,
-    first: int,
-    draws: int,
-    seed: int,
-    antithetic: bool = False,
+    which: Draws,
     dtype: torch.dtype = torch.float32,
     block: int = 1024,
     images_per_program: int = 16,
     num_warps: int = 4,
 ) -> Tensor:
-    """clamp(x + σ·δ_j, 0, 1) for draws first, ..., first + draws − 1, with one δ_j for all images.
+    """clamp(x + σ·δ_j, 0, 1) for several draws j, with one δ_j for all images.
 
     Equal to torch's ``(images + sigma * noise).clamp(0, 1)`` in float32, bit for bit, and then one cast; the noise is
     `smi_kernels.noise.draw` of the shape ``[C, H, W]``, stream ``INPUT``, tensor 0.
@@ -37,10 +43,7 @@ def perturb_input(
         images: float32 ``[N, C, H, W]``, contiguous, in [0, 1].
         sigma: standard deviation ≥ 0 in pixel units.
         family: the noise family; it must have a Triton twin and independent elements.
-        first: index of the first draw, from 0.
-        draws: number of draws from 1.
-        seed: in [0, 2⁶⁴).
-        antithetic: draws 2j and 2j + 1 are +E and −E.
+        which: the draws.
         dtype: of the result: bfloat16, float16 or float32.
         block: elements of an image in one program, a power of two. Changes no bit.
         images_per_program: that share the noise once it is drawn. Changes no bit.
@@ -50,12 +53,11 @@ def perturb_input(
         ``[draws · N, C, H, W]``, draw by draw, in the memory format channels_last.
 
     Raises:
-        InputError: for images, numbers or a family that cannot be used.
+        InputError: for images or a family that cannot be used.
     """
     twin = family_kernel(family)
     _check(images, dtype, family)
-    low, high = key_words(seed)
-    programs, first_number, signs = number_grid(first, draws, antithetic)
+    programs, first_number, signs = which.grid()
     n, channels, height, width = images.shape
     pixels = height * width
     channels_padded = next_power_of_two(channels)
@@ -63,14 +65,15 @@ def perturb_input(
     aligned = pixels % family.elements == 0
     tiles = triton.cdiv(pixels + (0 if aligned else family.elements - 1), span)
     group = min(images_per_program, next_power_of_two(n))
-    out = torch.empty(draws, n, height, width, channels, dtype=dtype, device=images.device)
+    out = torch.empty(which.count, n, height, width, channels, dtype=dtype, device=images.device)
     with on_device(images), writable(out) as target:
         _perturb_input[(tiles * triton.cdiv(n, group), programs)](
-            images, target, n, pixels, tiles, float(sigma), first, first_number, draws, low, high,
-            FAMILY=twin, ELEMENTS=family.elements, SIGNS=signs, STREAM=INPUT, ALIGNED=aligned, CHANNELS=channels,
-            CHANNELS_PADDED=channels_padded, SPAN=span, IMAGES=group, num_warps=num_warps, enable_fp_fusion=False,
+            images, target, n, pixels, tiles, float(sigma), which.first, first_number, which.count,
+            *key_words(which.seed), FAMILY=twin, ELEMENTS=family.elements, SIGNS=signs, STREAM=INPUT, ALIGNED=aligned,
+            CHANNELS=channels, CHANNELS_PADDED=channels_padded, SPAN=span, IMAGES=group, num_warps=num_warps,
+            enable_fp_fusion=False,
         )  # fmt: skip
-    return out.view(draws * n, height, width, channels).permute(0, 3, 1, 2)
+    return out.view(which.count * n, height, width, channels).permute(0, 3, 1, 2)
 
 
 def _check(images: Tensor, dtype: torch.dtype, family: Family) -> None:
@@ -82,7 +85,7 @@ def _check(images: Tensor, dtype: torch.dtype, family: Family) -> None:
         )
     if family.structure != INDEPENDENT:
         raise InputError(f"The noise family is {family.structure}. Allowed on images: {INDEPENDENT} elements.")
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+    if dtype not in (*LOW_PRECISION, torch.float32):
         raise InputError(f"dtype is {dtype}. Allowed: torch.bfloat16, torch.float16, torch.float32.")
 
 

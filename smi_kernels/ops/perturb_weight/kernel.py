@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from smi_kernels.errors import InputError, unknown_name
+from smi_kernels.errors import InputError
 from smi_kernels.noise import FLIPOUT, INDEPENDENT, PARAMETERS, RANK1, Family
 from smi_kernels.noise.triton import counter_noise
 from smi_kernels.ops.launch import (
-    as_word,
+    LOW_PRECISION,
+    Draws,
     check_dtype,
     check_shape,
     check_tensors,
+    family_kernel,
     key_words,
     next_power_of_two,
     on_device,
+    tensor_word,
     writable,
 )
-from smi_kernels.ops.unit_noise.kernel import family_kernel, number_grid
 
 _STRUCTURES = {INDEPENDENT: 0, RANK1: 1, FLIPOUT: 2}
 """The kernel's constants for how the noise of a weight is built."""
@@ -36,18 +38,15 @@ def perturb_weight(
     scale: Tensor | None = None,
     tensor: int,
     family: Family,
-    first: int,
-    draws: int,
-    seed: int,
-    antithetic: bool = False,
-    structure: str | None = None,
+    which: Draws,
     factors: tuple[Tensor, Tensor] | None = None,
     block: int | None = None,
     num_warps: int | None = None,
 ) -> None:
-    """Write (θ + std·noise_j)·scale_j for draws first, ..., first + draws − 1 into ``out``.
+    """Write (θ + std·noise_j)·scale_j for several draws j into ``out``.
 
-    The noise of draw j on element (r, c, t) of θ seen as ``[rows, channels, taps]`` is, by ``structure``:
+    The noise of draw j on element (r, c, t) of θ seen as ``[rows, channels, taps]`` is, by the family's
+    structure:
 
     - ``independent``: the family's, at element (r·channels + c)·taps + t, as in `smi_kernels.noise.draw`;
     - ``rank1``: a[j, r]·b[j, c·taps + t] with factors (a ``[draws, rows]``, b ``[draws, channels·taps]``);
@@ -64,35 +63,30 @@ def perturb_weight(
         scale: float32 ``[draws, rows]``, or None for 1.
         tensor: the weight's id in [0, 2³²), word 1 of the counters.
         family: the noise family; it must have a Triton twin (unused by ``rank1``).
-        first: index of the first draw, from 0.
-        draws: number of draws from 1.
-        seed: in [0, 2⁶⁴).
-        antithetic: draws 2j and 2j + 1 are +E and −E; for ``independent``.
-        structure: see above; None for the family's own.
+        which: the draws; whether they are antithetic counts for ``independent`` alone.
         factors: see above; None for ``independent``.
         block: elements in one program, a power of two from 512; None: 1024, or 4096 for a family of 128 elements per
             counter, which is drawn once for a thread's elements. Changes no bit.
         num_warps: of one program; None: 4, or 8 for blocks of 4096 or more. Changes no bit.
 
     Raises:
-        InputError: for tensors, numbers, names or a family that cannot be used.
+        InputError: for tensors, an id or a family that cannot be used.
     """
     shape = _weight_shape(theta)
-    structure = structure or family.structure
-    _check(theta, out, scale, factors, structure, draws, shape)
-    low, high = key_words(seed)
+    structure = family.structure
+    _check(theta, out, scale, factors, structure, which.count, shape)
     elements, twin = (4, None) if structure == RANK1 else (family.elements, family_kernel(family))
-    programs, first_number, signs = number_grid(first, draws, antithetic and structure == INDEPENDENT)
+    programs, first_number, signs = (which if structure == INDEPENDENT else replace(which, antithetic=False)).grid()
     block = block or (1024 if elements == 4 else 4096)
     pairs = _pairs(block, shape.taps, elements)
     left, right = factors or (None, None)
     with on_device(theta), writable(out) as target:
         _perturb_weight[(triton.cdiv(shape.rows * shape.channels, pairs), programs)](
-            theta, target, scale, left, right, shape.rows, float(std), first, first_number, draws, low, high,
-            as_word(tensor), FAMILY=twin, ELEMENTS=elements, STRUCTURE=_STRUCTURES[structure], SIGNS=signs,
-            STREAM=PARAMETERS, CHANNELS=shape.channels, TAPS=shape.taps, PAIRS=pairs,
-            BLOCK=_block(pairs, shape.taps, elements), num_warps=num_warps or (4 if block < 4096 else 8),
-            enable_fp_fusion=False,
+            theta, target, scale, left, right, shape.rows, float(std), which.first, first_number, which.count,
+            *key_words(which.seed), tensor_word(tensor), FAMILY=twin, ELEMENTS=elements,
+            STRUCTURE=_STRUCTURES[structure], SIGNS=signs, STREAM=PARAMETERS, CHANNELS=shape.channels,
+            TAPS=shape.taps, PAIRS=pairs, BLOCK=_block(pairs, shape.taps, elements),
+            num_warps=num_warps or (4 if block < 4096 else 8), enable_fp_fusion=False,
         )  # fmt: skip
 
 
@@ -121,8 +115,6 @@ def _check(
     draws: int,
     shape: _Shape,
 ) -> None:
-    if structure not in _STRUCTURES:
-        raise unknown_name("structure", structure, _STRUCTURES)
     if (factors is None) != (structure == INDEPENDENT):
         raise InputError(f"factors do not fit structure {structure!r}. Allowed: two tensors, or None for independent.")
     left, right = factors or (None, None)
@@ -132,7 +124,7 @@ def _check(
     check_shape("scale", scale, (draws, shape.rows))
     check_shape("left_factor", left, (draws, shape.rows))
     check_shape("right_factor", right, (draws, columns))
-    check_dtype("out", out, torch.bfloat16, torch.float16, torch.float32)
+    check_dtype("out", out, *LOW_PRECISION, torch.float32)
     for name, tensor in {"theta": theta, "scale": scale, "left_factor": left, "right_factor": right}.items():
         check_dtype(name, tensor, torch.float32)
 

@@ -7,18 +7,21 @@ grid, so that K small layers fill the device as one large one would.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from smi_kernels.epilogues import Epilogue
 from smi_kernels.epilogues.triton import finish
 from smi_kernels.errors import InputError
 from smi_kernels.ops.launch import (
     LOW_PRECISION,
+    Signs,
     check_dtype,
     check_shape,
     check_tensors,
@@ -27,8 +30,10 @@ from smi_kernels.ops.launch import (
     readable,
     writable,
 )
-from smi_kernels.ops.perturbed_conv.pack_signs import perturb_by_sign, rounding
-from smi_kernels.ops.perturbed_conv.shape import ConvShape, Pair, conv_shape
+from smi_kernels.ops.perturbed_conv.pack_signs import pack_signs
+from smi_kernels.ops.perturbed_conv.shape import ConvShape, Geometry, conv_shape
+from smi_kernels.ops.signs import perturb_by_sign, rounding
+from smi_kernels.registry import load_kernel
 from smi_kernels.tune.choices import HALF, SIGNS, tuned_tile
 
 Tile = dict[str, int]
@@ -184,9 +189,23 @@ def conv_tile(m: int, o: int, c: int, dtype: torch.dtype, signs: bool = False) -
         block_m, block_o and block_k: powers of two from 16 on, block_k at most 64; num_warps and num_stages. A tile
         may also have weight_first = 1, to make the weights the first factor.
     """
-    kind = "float32" if dtype == torch.float32 else SIGNS if signs else HALF
-    tile = next(tile for least_m, least_o, tile in _TILES[kind] if m >= least_m and o >= least_o)
+    tile = next(tile for least_m, least_o, tile in _TILES[_kind(dtype, signs)] if m >= least_m and o >= least_o)
     return {**tile, "block_k": min(tile["block_k"], max(16, next_power_of_two(c)))}
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Signs of a weight in every draw, and what `Signs` says of them.
+
+    Attributes:
+        words: int32 ``[draws, O, KH·KW, ceil(C / groups / 32)]``, as `pack_signs` lays them out.
+        std: of the noise.
+        scale: float32 ``[draws, O]`` or None.
+    """
+
+    words: Tensor
+    std: float
+    scale: Tensor | None = None
 
 
 def perturbed_conv(
@@ -196,32 +215,27 @@ def perturbed_conv(
     residual: Tensor | None = None,
     *,
     draws: int,
-    kernel_size: Pair,
-    stride: Pair = 1,
-    padding: Pair = 0,
-    dilation: Pair = 1,
-    groups: int = 1,
-    epilogue: Any,
+    geometry: Geometry,
+    epilogue: Epilogue,
     shared: bool = False,
     out_dtype: torch.dtype | None = None,
+    packed: Packed | None = None,
     tile: Mapping[str, int] | None = None,
 ) -> Tensor:
     """``epilogue(conv2d(x[j], weight[j]) + bias[j] + residual[j])`` for every draw j, with float32 sums.
 
     Args:
         x: ``[draws·N, C, H, W]``, or ``[N, C, H, W]`` with ``shared``; channels_last; float32, bfloat16 or float16.
-        weight: ``[draws, O, KH·KW, C / groups]`` of x's dtype, contiguous.
+        weight: ``[draws, O, KH·KW, C / groups]`` of x's dtype, contiguous; with ``packed`` one ``[O, KH·KW, C /
+            groups]`` for all draws.
         bias: float32 ``[draws, O]`` or None.
         residual: of the result's shape, dtype and memory format, or None.
         draws: in [1, 65535].
-        kernel_size: (KH, KW), or one number for both; so are the next three.
-        stride: from 1.
-        padding: zeros on each side, from 0.
-        dilation: from 1.
-        groups: divides C and O; at most 65535.
-        epilogue: a ``@triton.jit`` function from a float32 block to a float32 block.
+        geometry: kernel, stride, padding, dilation and groups.
+        epilogue: the activation; it must have a Triton twin.
         shared: every draw sees the same images.
         out_dtype: of the result; None: x's.
+        packed: signs of noise to add to the weight, one bit each, inside the tiles; None: the weights have theirs.
         tile: instead of the tuned one, or of `conv_tile`'s where nothing was tuned.
 
     Returns:
@@ -230,79 +244,86 @@ def perturbed_conv(
     Raises:
         InputError: for tensors or numbers other than these.
     """
-    shape = conv_shape(x, weight.shape[1:], draws, kernel_size, stride, padding, dilation, groups, shared)
-    check_shape("weight", weight, (draws, shape.outputs, shape.taps, shape.channels))
-    return _launch(x, weight, None, None, bias, residual, 0.0, shape, epilogue, out_dtype or x.dtype, tile)
+    shape = conv_shape(x, weight.shape if packed is not None else weight.shape[1:], draws, geometry, shared)
+    y = torch.empty(
+        (draws * shape.images, shape.outputs, *shape.result),
+        dtype=out_dtype or x.dtype, device=x.device, memory_format=torch.channels_last,
+    )  # fmt: skip
+    _check(x, weight, packed, bias, residual, y, shape)
+    if y.numel() == 0:
+        return y
+    per_group = shape.outputs // shape.groups
+    merged = shape.taps > 1 and shape.channels <= 16
+    tile = tile or _tile(x, shape, merged, packed is not None)
+    tiles = -(-shape.pixels // tile["block_m"]) * -(-per_group // tile["block_o"])
+    words, std, scale = (packed.words, packed.std, packed.scale) if packed is not None else (None, 0.0, None)
+    (down, across), (top, left), (high, wide) = geometry.stride, geometry.padding, geometry.dilation
+    with on_device(x), writable(y) as out:
+        conv_kernel[(tiles, shape.groups, draws)](
+            readable(x), readable(weight), words, scale, bias, None if residual is None else readable(residual), out,
+            std, 0 if shared else x[: shape.images].numel(), 0 if packed is not None else weight[0].numel(),
+            shape.pixels, shape.outputs, *shape.image, *shape.result,
+            CHANNELS=shape.channels, GROUPS=shape.groups, KERNEL_H=geometry.kernel[0], KERNEL_W=geometry.kernel[1],
+            STRIDE_H=down, STRIDE_W=across, PAD_H=top, PAD_W=left, DILATION_H=high, DILATION_W=wide,
+            EPILOGUE=load_kernel(epilogue.kernel), ROUND=rounding(x.dtype),
+            MERGED=merged, WEIGHT_FIRST=tile.get("weight_first", 0) == 1,
+            BLOCK_M=tile["block_m"], BLOCK_O=tile["block_o"], BLOCK_K=tile["block_k"],
+            num_warps=tile["num_warps"], num_stages=tile["num_stages"], enable_fp_fusion=True,
+        )  # fmt: skip
+    return y
 
 
 def perturbed_conv_signs(
     x: Tensor,
     theta: Tensor,
-    signs: Tensor,
-    scale: Tensor | None = None,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     *,
-    std: float,
-    draws: int,
-    kernel_size: Pair,
-    stride: Pair = 1,
-    padding: Pair = 0,
-    dilation: Pair = 1,
-    groups: int = 1,
-    epilogue: Any,
+    geometry: Geometry,
+    signs: Signs,
+    epilogue: Epilogue,
     shared: bool = False,
     out_dtype: torch.dtype | None = None,
-    tile: Mapping[str, int] | None = None,
 ) -> Tensor:
-    """`perturbed_conv` with weights ``theta + std · signs[j]``, built inside the tiles from one bit each.
+    """`perturbed_conv` with one weight ``[O, C / groups, KH, KW]`` for all draws, and the signs of its noise drawn."""
+    rows, channels, *kernel = theta.shape
+    words = pack_signs(rows, channels, math.prod(kernel), tensor=signs.tensor, which=signs.which, device=x.device)
+    return perturbed_conv(
+        x, theta.flatten(2).transpose(1, 2).contiguous(), bias, residual, draws=signs.which.count, geometry=geometry,
+        epilogue=epilogue, shared=shared, out_dtype=out_dtype, packed=Packed(words, signs.std, signs.scale),
+    )  # fmt: skip
 
-    Weights are added in float32 and rounded once to x's dtype, in the interpreter too. ``scale`` is not part of them:
-    it multiplies the float32 sums.
 
-    Args:
-        x: as for `perturbed_conv`; so is what is not listed here.
-        theta: ``[O, KH·KW, C / groups]`` of x's dtype, contiguous: shared by the draws.
-        signs: int32 ``[draws, O, KH·KW, ceil(C / groups / 32)]``, as `pack_signs` lays them out.
-        scale: float32 ``[draws, O]``, which multiplies the sums before the bias is added (a folded BatchNorm), or None.
-        bias: float32 ``[draws, O]`` or None.
-        residual: of the result's shape, dtype and memory format, or None.
-        std: of the noise.
-        draws: in [1, 65535].
-        kernel_size: (KH, KW), or one number for both.
-        stride: from 1.
-        padding: zeros on each side, from 0.
-        dilation: from 1.
-        groups: divides C and O; at most 65535.
-        epilogue: a ``@triton.jit`` function from a float32 block to a float32 block.
-        shared: every draw sees the same images.
-        out_dtype: of the result; None: x's.
-        tile: as for `perturbed_conv`.
+def _tile(x: Tensor, shape: ConvShape, merged: bool, signs: bool) -> Tile:
+    tuned = tuned_tile(x.device, shape, _kind(x.dtype, signs))
+    length = shape.channels * (shape.taps if merged else 1)
+    return tuned or conv_tile(shape.pixels, shape.outputs // shape.groups, length, x.dtype, signs)
 
-    Returns:
-        ``[draws·N, O, OH, OW]``, channels_last.
 
-    Raises:
-        InputError: for tensors or numbers other than these.
-    """
-    shape = conv_shape(x, theta.shape, draws, kernel_size, stride, padding, dilation, groups, shared)
-    check_shape("theta", theta, (shape.outputs, shape.taps, shape.channels))
-    check_shape("signs", signs, (draws, shape.outputs, shape.taps, -(-shape.channels // 32)))
-    check_dtype("signs", signs, torch.int32)
-    return _launch(x, theta, signs, scale, bias, residual, std, shape, epilogue, out_dtype or x.dtype, tile)
+def _kind(dtype: torch.dtype, signs: bool) -> str:
+    return "float32" if dtype == torch.float32 else SIGNS if signs else HALF
 
 
 def _check(
-    x: Tensor, weight: Tensor, signs: Tensor | None, scale: Tensor | None, bias: Tensor | None,
-    residual: Tensor | None, shape: ConvShape, out_dtype: torch.dtype,
+    x: Tensor, weight: Tensor, packed: Packed | None, bias: Tensor | None, residual: Tensor | None, y: Tensor,
+    shape: ConvShape,
 ) -> None:  # fmt: skip
+    one, each = (shape.outputs, shape.taps, shape.channels), (shape.draws, shape.outputs)
+    words = scale = None
+    if packed is None:
+        check_shape("weight", weight, (shape.draws, *one))
+    else:
+        words, scale = packed.words, packed.scale
+        check_shape("theta", weight, one)
+        check_shape("signs", words, (shape.draws, *one[:2], -(-shape.channels // 32)))
+    check_dtype("signs", words, torch.int32)
     check_dtype("x", x, torch.float32, *LOW_PRECISION)
     check_dtype("weight", weight, x.dtype)
     for name, tensor in (("scale", scale), ("bias", bias)):
         check_dtype(name, tensor, torch.float32)
-        check_shape(name, tensor, (shape.draws, shape.outputs))
-    check_dtype("residual", residual, out_dtype)
-    check_shape("residual", residual, (shape.draws * shape.images, shape.outputs, *shape.result))
+        check_shape(name, tensor, each)
+    check_dtype("residual", residual, y.dtype)
+    check_shape("residual", residual, tuple(y.shape))
     for name, tensor in (("x", x), ("residual", residual)):
         if tensor is not None and not tensor.is_contiguous(memory_format=torch.channels_last):
             raise InputError(
@@ -310,39 +331,5 @@ def _check(
                 ".contiguous(memory_format=torch.channels_last) on it."
             )
     rows = {name: None if t is None else t.permute(0, 2, 3, 1) for name, t in (("x", x), ("residual", residual))}
-    check_dtype("out_dtype", torch.empty(0, dtype=out_dtype), torch.float32, *LOW_PRECISION)
-    check_tensors(**rows, weight=weight, signs=signs, scale=scale, bias=bias)
-
-
-def _launch(
-    x: Tensor, weight: Tensor, signs: Tensor | None, scale: Tensor | None, bias: Tensor | None,
-    residual: Tensor | None, std: float, shape: ConvShape, epilogue: Any, out_dtype: torch.dtype,
-    tile: Mapping[str, int] | None,
-) -> Tensor:  # fmt: skip
-    _check(x, weight, signs, scale, bias, residual, shape, out_dtype)
-    y = torch.empty(
-        (shape.draws * shape.images, shape.outputs, *shape.result),
-        dtype=out_dtype, device=x.device, memory_format=torch.channels_last,
-    )  # fmt: skip
-    if y.numel() == 0:
-        return y
-    per_group = shape.outputs // shape.groups
-    merged = shape.taps > 1 and shape.channels <= 16
-    length = shape.channels * (shape.taps if merged else 1)
-    kind = "float32" if x.dtype == torch.float32 else SIGNS if signs is not None else HALF
-    tile = tile or tuned_tile(x.device, shape, kind)
-    tile = tile or conv_tile(shape.pixels, per_group, length, x.dtype, signs is not None)
-    tiles = -(-shape.pixels // tile["block_m"]) * -(-per_group // tile["block_o"])
-    with on_device(x), writable(y) as out:
-        conv_kernel[(tiles, shape.groups, shape.draws)](
-            readable(x), readable(weight), signs, scale, bias, None if residual is None else readable(residual), out,
-            std, 0 if shape.shared else x[: shape.images].numel(), 0 if signs is not None else weight[0].numel(),
-            shape.pixels, shape.outputs, *shape.image, *shape.result,
-            CHANNELS=shape.channels, GROUPS=shape.groups, KERNEL_H=shape.kernel[0], KERNEL_W=shape.kernel[1],
-            STRIDE_H=shape.stride[0], STRIDE_W=shape.stride[1], PAD_H=shape.padding[0], PAD_W=shape.padding[1],
-            DILATION_H=shape.dilation[0], DILATION_W=shape.dilation[1], EPILOGUE=epilogue, ROUND=rounding(x.dtype),
-            MERGED=merged, WEIGHT_FIRST=tile.get("weight_first", 0) == 1,
-            BLOCK_M=tile["block_m"], BLOCK_O=tile["block_o"], BLOCK_K=tile["block_k"],
-            num_warps=tile["num_warps"], num_stages=tile["num_stages"], enable_fp_fusion=True,
-        )  # fmt: skip
-    return y
+    check_dtype("out_dtype", y, torch.float32, *LOW_PRECISION)
+    check_tensors(**rows, weight=weight, signs=words, scale=scale, bias=bias)

@@ -15,32 +15,7 @@ from torch import Tensor
 
 from smi_kernels.errors import InputError
 from smi_kernels.noise.triton import philox_words
-from smi_kernels.ops.launch import as_word, check_tensors, interpreting, key_words, on_device
-
-
-@triton.jit
-def perturb_by_sign(
-    theta: tl.tensor, words: tl.tensor, bit: tl.tensor, std: tl.tensor, ROUND: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
-    """theta + std · sign, rounded to theta's dtype; the sign is bit ``bit`` of ``words``, 0 for +.
-
-    ROUND: None, or the 16-bit dtype to which the sum is rounded because theta, in float32, stands for it (`rounding`).
-    """
-    flip = (words.to(tl.uint32, bitcast=True) << (31 - bit).to(tl.uint32)) & 0x80000000
-    noise = (flip ^ tl.cast(std, tl.float32).to(tl.uint32, bitcast=True)).to(tl.float32, bitcast=True)
-    total = theta.to(tl.float32) + noise
-    if ROUND == tl.float16:  # noqa: SIM300
-        total = total.to(tl.float16).to(tl.float32)
-    if tl.bfloat16 == ROUND:  # noqa: SIM300; on the bits, because the interpreter lacks bfloat16
-        code = total.to(tl.uint32, bitcast=True)
-        code = (code + 0x7FFF + ((code >> 16) & 1)) & 0xFFFF0000
-        total = code.to(tl.float32, bitcast=True)
-    return total.to(theta.dtype)
-
-
-def rounding(dtype: torch.dtype) -> tl.dtype | None:
-    """ROUND of `perturb_by_sign` for weights of ``dtype``: in the interpreter, kernels see 16 bits as float32."""
-    return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(dtype) if interpreting() else None
+from smi_kernels.ops.launch import Draws, check_tensors, key_words, on_device, tensor_word
 
 
 @triton.jit(do_not_specialize=["tensor", "first", "key_low", "key_high"])
@@ -82,29 +57,15 @@ def reorder_kernel(
     tl.store(signs + draw * size + place, tl.sum(bits, axis=1), mask=place < size)
 
 
-def pack_signs(
-    rows: int,
-    channels: int,
-    taps: int,
-    *,
-    tensor: int,
-    first: int,
-    draws: int,
-    seed: int,
-    antithetic: bool,
-    device: torch.device | str,
-) -> Tensor:
-    """Signs of the parameter ``[rows, channels, *kernel]`` in draws first to first + draws − 1.
+def pack_signs(rows: int, channels: int, taps: int, *, tensor: int, which: Draws, device: torch.device | str) -> Tensor:
+    """Signs of the parameter ``[rows, channels, *kernel]`` in several draws.
 
     Args:
         rows: output channels.
         channels: input channels of a group.
         taps: kernel positions. rows · channels · taps < 2³¹.
         tensor: id of the parameter in [0, 2³²).
-        first: the first draw, from 0; the draws do not depend on how they are split between calls.
-        draws: in [1, 65535].
-        seed: in [0, 2⁶⁴).
-        antithetic: draws 2j and 2j + 1 have opposite signs.
+        which: the draws.
         device: a CUDA device, or the CPU in Triton's interpreter.
 
     Returns:
@@ -114,23 +75,19 @@ def pack_signs(
     Raises:
         InputError: for numbers out of range, or another device.
     """
-    elements = rows * channels * taps
-    if min(rows, channels, taps, draws) < 1 or elements >= 1 << 31 or draws > 65535 or first < 0:
+    elements, draws = rows * channels * taps, which.count
+    if min(rows, channels, taps) < 1 or elements >= 1 << 31:
         raise InputError(
-            f"No signs for {rows} × {channels} × {taps} weights, {draws} draws from {first}. "
-            "Allowed: sizes from 1 with fewer than 2³¹ weights, 1 to 65535 draws, from 0 on."
+            f"No signs for {rows} × {channels} × {taps} weights. Allowed: sizes from 1 with fewer than 2³¹ weights."
         )
-    if not 0 <= tensor < 1 << 32:
-        raise InputError(f"tensor is {tensor}. Allowed: an id in [0, 2³²).")
-    low, high = key_words(seed)
     counters, size = -(-elements // 128), rows * taps * -(-channels // 32)
     words = torch.empty(draws, counters, 4, dtype=torch.int32, device=device)
     signs = torch.empty(draws, rows, taps, size // (rows * taps), dtype=torch.int32, device=device)
     check_tensors(signs=signs)
     with on_device(signs):
         draw_words_kernel[(-(-counters // 128), draws)](
-            words, counters, as_word(tensor), first, low, high, ANTITHETIC=antithetic, BLOCK=128, num_warps=4,
-            enable_fp_fusion=False,
+            words, counters, tensor_word(tensor), which.first, *key_words(which.seed), ANTITHETIC=which.antithetic,
+            BLOCK=128, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
         reorder_kernel[(-(-size // 32), draws)](
             words, signs, size, counters, CHANNELS=channels, TAPS=taps, BLOCK=32, num_warps=4, enable_fp_fusion=False

@@ -2,14 +2,67 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from smi_kernels.errors import InputError
 
-Pair = int | tuple[int, int]
+Pair = int | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a convolution reads its images; see `geometry`."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+    def result(self, image: Sequence[int]) -> tuple[int, int]:
+        """Rows and columns of the result for images of so many."""
+        rows, columns = (
+            (size + 2 * z - d * (k - 1) - 1) // s + 1
+            for size, z, d, k, s in zip(image, self.padding, self.dilation, self.kernel, self.stride, strict=True)
+        )
+        return rows, columns
+
+    @property
+    def of_conv2d(self) -> tuple[Any, ...]:
+        """What ``torch.nn.functional.conv2d`` takes after the bias."""
+        return astuple(self)[1:]
+
+
+def geometry(kernel_size: Pair, stride: Pair = 1, padding: Pair = 0, dilation: Pair = 1, groups: int = 1) -> Geometry:
+    """The geometry of a convolution.
+
+    Args:
+        kernel_size: (KH, KW), or one number for both; so are the next three.
+        stride: from 1.
+        padding: zeros on each side, from 0.
+        dilation: from 1.
+        groups: divides the channels in and out; at most 65535.
+
+    Raises:
+        InputError: for numbers out of range.
+    """
+    return Geometry(
+        _pair("kernel_size", kernel_size, 1), _pair("stride", stride, 1), _pair("padding", padding, 0),
+        _pair("dilation", dilation, 1), groups,
+    )  # fmt: skip
+
+
+def _pair(name: str, value: Pair, least: int) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or min(pair) < least:
+        raise InputError(f"{name} is {value!r}. Allowed: one or two integers from {least} on.")
+    return pair[0], pair[1]
 
 
 @dataclass(frozen=True)
@@ -22,17 +75,18 @@ class ConvShape:
     outputs: int
     image: tuple[int, int]
     result: tuple[int, int]
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
+    geometry: Geometry
     shared: bool
+
+    @property
+    def groups(self) -> int:
+        """Groups of channels."""
+        return self.geometry.groups
 
     @property
     def taps(self) -> int:
         """Positions of the kernel."""
-        return self.kernel[0] * self.kernel[1]
+        return self.geometry.kernel[0] * self.geometry.kernel[1]
 
     @property
     def pixels(self) -> int:
@@ -40,17 +94,7 @@ class ConvShape:
         return self.images * self.result[0] * self.result[1]
 
 
-def _pair(name: str, value: Pair, least: int) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or min(pair) < least:
-        raise InputError(f"{name} is {value!r}. Allowed: one or two integers from {least} on.")
-    return pair[0], pair[1]
-
-
-def conv_shape(
-    x: Tensor, weight: torch.Size, draws: int, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair,
-    groups: int, shared: bool,
-) -> ConvShape:  # fmt: skip
+def conv_shape(x: Tensor, weight: torch.Size, draws: int, geometry: Geometry, shared: bool) -> ConvShape:
     """The sizes, from x and the shape ``[O, KH·KW, C / groups]`` of one draw's weight.
 
     Raises:
@@ -61,26 +105,20 @@ def conv_shape(
             f"x has shape {list(x.shape)}, a draw's weight {list(weight)}, with {draws} draws. Allowed: x "
             "[draws·N, C, H, W], or [N, C, H, W] with shared=True; weight [O, KH·KW, C / groups]; 1 to 65535 draws."
         )
-    channels, outputs = x.shape[1], weight[0]
+    channels, outputs, groups = x.shape[1], weight[0], geometry.groups
     if not 1 <= groups <= 65535 or channels % groups or outputs % groups or not channels or not outputs:
         raise InputError(f"{groups} groups for {channels} channels in, {outputs} out. Allowed: a divisor of both.")
-    kernel, steps = _pair("kernel_size", kernel_size, 1), _pair("stride", stride, 1)
-    if max(kernel) > 32:  # the kernel keeps one bit per row and per column of taps in an int32
-        raise InputError(f"kernel_size is {kernel_size!r}. Allowed: at most 32 by 32.")
-    zeros, spread = _pair("padding", padding, 0), _pair("dilation", dilation, 1)
-    height, width = (
-        (size + 2 * z - d * (k - 1) - 1) // s + 1
-        for size, z, d, k, s in zip(x.shape[2:], zeros, spread, kernel, steps, strict=True)
-    )
-    if height < 1 or width < 1:
+    if max(geometry.kernel) > 32:  # the kernel keeps one bit per row and per column of taps in an int32
+        raise InputError(f"kernel_size is {geometry.kernel!r}. Allowed: at most 32 by 32.")
+    image = (x.shape[2], x.shape[3])
+    result = geometry.result(image)
+    if min(result) < 1:
         raise InputError(
-            f"A kernel of {kernel} with dilation {spread} exceeds images of {tuple(x.shape[2:])} with padding {zeros}. "
-            "Allowed: kernels that fit once."
+            f"A kernel of {geometry.kernel} with dilation {geometry.dilation} exceeds images of {image} with padding "
+            f"{geometry.padding}. Allowed: kernels that fit once."
         )
     images = x.shape[0] if shared else x.shape[0] // draws
-    if max(images * channels * x.shape[2:].numel(), images * outputs * height * width, weight.numel()) >= 1 << 31:
+    sizes = (images * channels * math.prod(image), images * outputs * math.prod(result), weight.numel())
+    if max(sizes) >= 1 << 31:
         raise InputError(f"One draw of {images} images has 2³¹ or more elements. Allowed: fewer. Use fewer images.")
-    return ConvShape(
-        draws, images, channels // groups, outputs, (x.shape[2], x.shape[3]), (height, width),
-        kernel, steps, zeros, spread, groups, shared,
-    )  # fmt: skip
+    return ConvShape(draws, images, channels // groups, outputs, image, result, geometry, shared)

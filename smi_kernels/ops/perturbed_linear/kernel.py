@@ -7,19 +7,19 @@ K matrices of weights is what a linear layer costs, and drawn weights are read o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from smi_kernels.epilogues import Epilogue
 from smi_kernels.epilogues.triton import finish
 from smi_kernels.errors import InputError
 from smi_kernels.noise.triton import philox_words
 from smi_kernels.ops.launch import (
     LOW_PRECISION,
-    as_word,
+    Signs,
     check_dtype,
     check_shape,
     check_tensors,
@@ -27,9 +27,11 @@ from smi_kernels.ops.launch import (
     next_power_of_two,
     on_device,
     readable,
+    tensor_word,
     writable,
 )
-from smi_kernels.ops.perturbed_conv.pack_signs import perturb_by_sign, rounding
+from smi_kernels.ops.signs import perturb_by_sign, rounding
+from smi_kernels.registry import load_kernel
 
 SIGN_BLOCK = 128
 """Features of a tile whose signs are drawn: one counter's."""
@@ -171,75 +173,24 @@ def perturbed_linear(
     residual: Tensor | None = None,
     *,
     draws: int,
-    epilogue: Any,
+    epilogue: Epilogue,
     shared: bool = False,
     out_dtype: torch.dtype | None = None,
+    signs: Signs | None = None,
     tile: Mapping[str, int] | None = None,
 ) -> Tensor:
     """``epilogue(x[j] @ weight[j]ᵀ + bias[j] + residual[j])`` for every draw j, with float32 sums.
 
     Args:
         x: ``[draws·M, F]``, or ``[M, F]`` with ``shared``; contiguous; float32, bfloat16 or float16.
-        weight: ``[draws, O, F]`` of x's dtype, contiguous.
+        weight: ``[draws, O, F]`` of x's dtype, contiguous; with ``signs`` one ``[O, F]`` for all draws.
         bias: float32 ``[draws, O]`` or None.
         residual: ``[draws·M, O]`` of the result's dtype, or None.
         draws: in [1, 65535].
-        epilogue: a ``@triton.jit`` function from a float32 block to a float32 block.
-        shared: every draw sees the same x.
-        out_dtype: of the result, for instance float32 for logits; None: x's.
-        tile: instead of `linear_tile`'s.
-
-    Returns:
-        ``[draws·M, O]``. One draw of any tensor has fewer than 2³¹ elements.
-
-    Raises:
-        InputError: for tensors or numbers other than these.
-    """
-    rows = _rows(x, weight.shape[1:], draws, shared)
-    check_shape("weight", weight, (draws, weight.shape[1], x.shape[1]))
-    return _launch(
-        x, weight, None, bias, residual, 0.0, (0, 0, 0, 0), False, draws, rows, shared, epilogue, out_dtype, tile
-    )
-
-
-def perturbed_linear_signs(
-    x: Tensor,
-    theta: Tensor,
-    scale: Tensor | None = None,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    *,
-    std: float,
-    tensor: int,
-    first: int,
-    draws: int,
-    seed: int,
-    antithetic: bool,
-    epilogue: Any,
-    shared: bool = False,
-    out_dtype: torch.dtype | None = None,
-    tile: Mapping[str, int] | None = None,
-) -> Tensor:
-    """`perturbed_linear` with weights ``theta + std · sign``, whose Rademacher signs are drawn inside the tiles.
-
-    Weights are added in float32 and rounded once to x's dtype, in the interpreter too. ``scale`` is not part of them:
-    it multiplies the float32 sums.
-
-    Args:
-        x: ``[draws·M, F]``, or ``[M, F]`` with ``shared``; contiguous; float32, bfloat16 or float16.
-        theta: ``[O, F]`` of x's dtype, contiguous: shared by the draws.
-        scale: float32 ``[draws, O]``, which multiplies the sums before the bias is added (a folded BatchNorm), or None.
-        bias: float32 ``[draws, O]`` or None.
-        residual: ``[draws·M, O]`` of the result's dtype, or None.
-        std: of the noise.
-        tensor: id of the parameter in [0, 2³²).
-        first: the first draw, from 0; results do not depend on how draws are split between calls.
-        draws: in [1, 65535].
-        seed: in [0, 2⁶⁴).
-        antithetic: draws 2j and 2j + 1 have opposite signs.
-        epilogue: a ``@triton.jit`` function from a float32 block to a float32 block.
+        epilogue: the activation; it must have a Triton twin.
         shared: every draw sees the same x.
         out_dtype: of the result; None: x's.
+        signs: noise to add to the weight, drawn inside the tiles; None: the weights have theirs.
         tile: instead of `linear_tile`'s.
 
     Returns:
@@ -248,14 +199,32 @@ def perturbed_linear_signs(
     Raises:
         InputError: for tensors or numbers other than these.
     """
-    rows = _rows(x, theta.shape, draws, shared)
-    if not 0 <= tensor < 1 << 32 or not 0 <= first <= 0x7FFFFFFF - draws:
-        raise InputError(f"tensor is {tensor}, first {first}. Allowed: an id in [0, 2³²), a draw in [0, 2³¹ − draws).")
-    counter = (as_word(tensor), first, *key_words(seed))
-    return _launch(
-        x, theta, scale, bias, residual, std, counter, antithetic, draws, rows, shared, epilogue, out_dtype, tile,
-        signs=True,
-    )  # fmt: skip
+    rows = _rows(x, weight.shape if signs is not None else weight.shape[1:], draws, shared)
+    outputs, features = weight.shape[-2:]
+    counter, antithetic, std, scale = (0, 0, 0, 0), False, 0.0, None
+    if signs is None:
+        check_shape("weight", weight, (draws, outputs, features))
+    else:
+        which, std, scale = signs.which, signs.std, signs.scale
+        counter = (tensor_word(signs.tensor), which.first, *key_words(which.seed))
+        antithetic = which.antithetic
+    y = torch.empty(draws * rows, outputs, dtype=out_dtype or x.dtype, device=x.device)
+    _check(x, weight, scale, bias, residual, y, draws)
+    if y.numel() == 0:
+        return y
+    tile = tile or linear_tile(rows, outputs, features, x.dtype, signs is not None)
+    tiles = -(-rows // tile["block_m"]) * -(-outputs // tile["block_o"])
+    with on_device(x), writable(y) as out:
+        linear_kernel[(tiles, 1, draws)](
+            readable(x), readable(weight), scale, bias, None if residual is None else readable(residual), out,
+            std, *counter, 0 if shared else rows * features, 0 if signs is not None else outputs * features, rows,
+            outputs, FEATURES=features, SIGNS=signs is not None, ANTITHETIC=antithetic,
+            EPILOGUE=load_kernel(epilogue.kernel), ROUND=rounding(x.dtype),
+            WEIGHT_FIRST=tile.get("weight_first", 0) == 1,
+            BLOCK_M=tile["block_m"], BLOCK_O=tile["block_o"], BLOCK_K=tile["block_k"],
+            num_warps=tile["num_warps"], num_stages=tile["num_stages"], enable_fp_fusion=True,
+        )  # fmt: skip
+    return y
 
 
 def _rows(x: Tensor, weight: torch.Size, draws: int, shared: bool) -> int:
@@ -273,34 +242,15 @@ def _rows(x: Tensor, weight: torch.Size, draws: int, shared: bool) -> int:
     return rows
 
 
-def _launch(
-    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None,
-    std: float, counter: tuple[int, int, int, int], antithetic: bool, draws: int, rows: int, shared: bool,
-    epilogue: Any, out_dtype: torch.dtype | None, tile: Mapping[str, int] | None, signs: bool = False,
-) -> Tensor:  # fmt: skip
-    out_dtype = out_dtype or x.dtype
-    outputs, features = weight.shape[-2:]
+def _check(
+    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None, y: Tensor, draws: int
+) -> None:
     check_dtype("x", x, torch.float32, *LOW_PRECISION)
     check_dtype("weight", weight, x.dtype)
     for name, given in (("scale", scale), ("bias", bias)):
         check_dtype(name, given, torch.float32)
-        check_shape(name, given, (draws, outputs))
-    check_dtype("residual", residual, out_dtype)
-    check_shape("residual", residual, (draws * rows, outputs))
+        check_shape(name, given, (draws, y.shape[1]))
+    check_dtype("residual", residual, y.dtype)
+    check_shape("residual", residual, tuple(y.shape))
     check_tensors(x=x, weight=weight, scale=scale, bias=bias, residual=residual)
-    y = torch.empty(draws * rows, outputs, dtype=out_dtype, device=x.device)
     check_dtype("out_dtype", y, torch.float32, *LOW_PRECISION)
-    if y.numel() == 0:
-        return y
-    tile = tile or linear_tile(rows, outputs, features, x.dtype, signs)
-    tiles = -(-rows // tile["block_m"]) * -(-outputs // tile["block_o"])
-    with on_device(x), writable(y) as out:
-        linear_kernel[(tiles, 1, draws)](
-            readable(x), readable(weight), scale, bias, None if residual is None else readable(residual), out,
-            std, *counter, 0 if shared else rows * features, 0 if signs else outputs * features, rows, outputs,
-            FEATURES=features, SIGNS=signs, ANTITHETIC=antithetic, EPILOGUE=epilogue, ROUND=rounding(x.dtype),
-            WEIGHT_FIRST=tile.get("weight_first", 0) == 1,
-            BLOCK_M=tile["block_m"], BLOCK_O=tile["block_o"], BLOCK_K=tile["block_k"],
-            num_warps=tile["num_warps"], num_stages=tile["num_stages"], enable_fp_fusion=True,
-        )  # fmt: skip
-    return y
