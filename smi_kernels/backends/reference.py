@@ -31,7 +31,7 @@ def scores(model: nn.Module, request: Request) -> Tensor:
 class _Scorer:
     def __init__(self, model: nn.Module, request: Request) -> None:
         self._model, self._request = model, request
-        self._perturbed = PerturbedModel.of(model, request)
+        self._perturbed = PerturbedModel(model, request)
 
     @property
     def has_noise(self) -> bool:

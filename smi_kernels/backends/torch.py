@@ -74,7 +74,7 @@ class Runner:
     def __init__(self, model: nn.Module, plan: Plan, request: Request) -> None:
         self.plan, self.request = plan, request
         self.modules = dict(model.named_modules(remove_duplicate=False))
-        self.perturbed = PerturbedModel.of(model, request)
+        self.perturbed = PerturbedModel(model, request)
 
     @property
     def has_noise(self) -> bool:

@@ -62,27 +62,14 @@ class PerturbedModel:
 
     Args:
         model: any module, in eval mode.
-        sigma: σ_w ≥ 0, noise relative to each tensor's root mean square.
-        family: noise family.
-        seed: in [0, 2⁶⁴).
-        antithetic: draws 2j and 2j + 1 are +E and −E.
-        parameters: which parameters get noise, see `select_parameters`.
-        dtype: float32 or float64, of the states; noise is drawn in float32 for both.
+        request: σ_w, which is noise relative to each tensor's root mean square, family, draws, and which parameters
+            get noise. States are in its working dtype; noise is drawn in float32.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        sigma: float,
-        family: Family,
-        seed: int,
-        antithetic: bool = False,
-        parameters: ParameterFilter = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        self._family, self._seed, self._antithetic = family, seed, antithetic
-        chosen = select_parameters(model, parameters) if sigma > 0 else {}
+    def __init__(self, model: nn.Module, request: Request) -> None:
+        self._family, self._seed, self._antithetic = request.family, request.seed, request.antithetic
+        sigma, dtype = request.sigma_w, request.working_dtype
+        chosen = select_parameters(model, request.parameters) if sigma > 0 else {}
         own = {name: p.detach() for name, p in model.named_parameters()}
         self._std = {name: sigma * root_mean_square(own[name]) for name in chosen}
         self._ids = {name: i for name, i in chosen.items() if self._std[name] > 0}
@@ -96,19 +83,6 @@ class PerturbedModel:
         self.shared_names = {
             name: names[id(p)] for name, p in model.named_parameters(remove_duplicate=False) if name not in own
         }
-
-    @classmethod
-    def of(cls, model: nn.Module, request: Request) -> PerturbedModel:
-        """As a request asks for it."""
-        return cls(
-            model,
-            sigma=request.sigma_w,
-            family=request.family,
-            seed=request.seed,
-            antithetic=request.antithetic,
-            parameters=request.parameters,
-            dtype=request.working_dtype,
-        )
 
     @property
     def has_noise(self) -> bool:
