@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from smi_kernels.divergences import Divergence
 from smi_kernels.errors import InputError
 from smi_kernels.noise import Family
-from smi_kernels.perturbed import ParameterFilter
+from smi_kernels.noise.perturbed_model import ParameterFilter
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

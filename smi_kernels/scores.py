@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from smi_kernels.backends import backends, choose_backend
 from smi_kernels.divergences import divergences
+from smi_kernels.divergences.reductions import reductions
 from smi_kernels.errors import InputError, unknown_name
 from smi_kernels.noise import families
-from smi_kernels.perturbed import ParameterFilter
+from smi_kernels.noise.perturbed_model import ParameterFilter
 from smi_kernels.plugins import load_plugins
 from smi_kernels.precision import resolve_dtype
-from smi_kernels.reductions import reductions
 from smi_kernels.request import Request, check_images, check_model
 
 

@@ -22,15 +22,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smi_kernels import twins
 from smi_kernels.divergences import divergences
 from smi_kernels.epilogues import epilogues
 from smi_kernels.errors import InputError
 from smi_kernels.noise import INDEPENDENT, INPUT, PARAMETERS, families
+from smi_kernels.ops.launch import Draws, interpreting
+from smi_kernels.ops.score_logits import reference as score_reference
+from smi_kernels.ops.unit_noise import reference as noise_reference
 from smi_kernels.plugins import load_plugins
-from smi_kernels.registry import Registry, load_kernel
+from smi_kernels.registry import Registry
 from smi_kernels.scores import stability_scores
-from smi_kernels.triton import interpreting
 
 SAMPLE = 1 << 16
 """Values on which moments are checked. Bounds are five standard errors: a sound family fails once in a million."""
@@ -52,16 +53,18 @@ def check_family(name: str, *, module: str | None = None, tolerance: float = 1e-
     family = families[name]
     index = torch.arange(-(-SAMPLE // family.elements))
 
-    def values(tensor: int, k: int, stream: int = PARAMETERS) -> Tensor:
+    def values(tensor: int, k: int, stream: int = PARAMETERS, index: Tensor = index) -> Tensor:
+        which = Draws(first=k, count=1, seed=2**40 + 7)
         ids = torch.full_like(index, tensor)
-        return twins.unit_noise(index, ids, family, k, 1, 2**40 + 7, stream, antithetic=False)[0]
+        return noise_reference.unit_noise(index, ids, family=family, which=which, stream=stream)[0]
 
     noise = values(3, 1)
     _expect(noise.shape == (len(index), family.elements), f"values have shape {tuple(noise.shape)}, not [B, elements]")
     _expect(noise.dtype == torch.float32 and bool(noise.isfinite().all()), "values are not finite float32")
     order = torch.randperm(len(index), generator=torch.Generator().manual_seed(0))
-    mixed = twins.unit_noise(index[order], torch.full_like(index, 3), family, 1, 1, 2**40 + 7, PARAMETERS, False)[0]
-    _expect(torch.equal(mixed, noise[order]), "a row depends on other rows than its own words")
+    _expect(
+        torch.equal(values(3, 1, index=index[order]), noise[order]), "a row depends on other rows than its own words"
+    )
     _check_moments(noise.flatten().double())
     for other, what in (
         (values(3, 2), "draws"), (values(4, 1), "tensors"), (values(3, 1, INPUT), "streams"),
@@ -89,10 +92,12 @@ def check_divergence(name: str, *, module: str | None = None, tolerance: float =
     _load(module)
     divergence = divergences[name]
     clean, perturbed, labels = _logits()
-    low = twins.score_logits(clean, perturbed, labels, divergence, "none")
+    low = score_reference.score_logits(clean, perturbed, labels, divergence=divergence, reduce="none")
     shape = tuple(low.shape)
     _expect(shape == (len(clean), len(perturbed)), f"the results of the draws have shape {shape}, not [N, draws]")
-    high = twins.score_logits(clean.double(), perturbed.double(), labels, divergence, "none")
+    high = score_reference.score_logits(
+        clean.double(), perturbed.double(), labels, divergence=divergence, reduce="none"
+    )
     _close(low, high.float(), tolerance, 0.05, "float32 and float64")
     _check_twin("divergence", name, module, tolerance)
 
@@ -190,13 +195,15 @@ def _device() -> str:
 
 
 def _family_twin(name: str, tolerance: float) -> None:
-    from smi_kernels.triton.unit_noise import unit_noise
+    from smi_kernels.ops.unit_noise.kernel import unit_noise
 
     family, index = families[name], torch.tensor([5, 0, 1, 2, 3, 2**32 - 1, 77], device=_device())
     ids = torch.arange(len(index), device=_device())
-    options = {"first": 3, "draws": 3, "seed": 2**63 + 5, "stream": PARAMETERS, "antithetic": True}
-    ours = unit_noise(index, ids, family=family, **options)  # type: ignore[arg-type]
-    theirs = twins.unit_noise(index, ids, family, **options)  # type: ignore[arg-type]
+    which = Draws(first=3, count=3, seed=2**63 + 5, antithetic=True)
+    ours, theirs = (
+        run(index, ids, family=family, which=which, stream=PARAMETERS)
+        for run in (unit_noise, noise_reference.unit_noise)
+    )
     worst = (ours - theirs).abs().max().item()
     _expect(worst <= tolerance, f"the twins' values differ by {worst:.2e}, allowed {tolerance:.2e}")
     torch.manual_seed(0)
@@ -214,21 +221,23 @@ def _family_twin(name: str, tolerance: float) -> None:
 
 
 def _divergence_twin(name: str, tolerance: float) -> None:
-    from smi_kernels.triton.score_logits import score_logits
+    from smi_kernels.ops.score_logits.kernel import score_logits
 
     clean, perturbed, labels = (t.to(_device()) for t in _logits())
     for reduce in ("none", "mean", "max"):
-        ours = score_logits(clean, perturbed, labels, divergence=divergences[name], reduce=reduce)
-        theirs = twins.score_logits(clean, perturbed, labels, divergences[name], reduce)
+        ours, theirs = (
+            score(clean, perturbed, labels, divergence=divergences[name], reduce=reduce)
+            for score in (score_logits, score_reference.score_logits)
+        )
         _close(ours, theirs, tolerance, 0.05, f"the twins (reduce={reduce!r})")
 
 
 def _epilogue_twin(name: str, tolerance: float) -> None:
-    from smi_kernels.triton.perturbed_linear import perturbed_linear
+    from smi_kernels.ops.perturbed_linear.kernel import perturbed_linear
 
     values = torch.linspace(-12, 12, 17 * 19, device=_device()).reshape(17, 19)
     identity = torch.eye(19, device=_device())[None]
-    ours = perturbed_linear(values, identity, draws=1, epilogue=load_kernel(epilogues[name].kernel))
+    ours = perturbed_linear(values, identity, draws=1, epilogue=epilogues[name])
     _close(ours, epilogues[name].compute(values), tolerance, 1.0, "the twins")
 
 

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("smi", "smi_kernels")
 LONG_FUNCTION, LONG_FILE = 50, 300  # lines
+WIDE_FUNCTION = 7  # parameters
 CACHES = {"cache", "lru_cache"}
 Tree = dict[str, str]
 
@@ -42,6 +43,7 @@ def census(tree: Mapping[str, str]) -> dict[str, int]:
         "context variables": sum(_calls(parsed, "ContextVar") for parsed in ours.values()),
         "functions that cache for the process": sum(_is_cached(node) for node in functions),
         f"functions over {LONG_FUNCTION} lines": sum(_lines(node) > LONG_FUNCTION for node in functions),
+        f"functions over {WIDE_FUNCTION} parameters": sum(_parameters(node) > WIDE_FUNCTION for node in functions),
         f"files over {LONG_FILE} lines": sum(tree[path].count("\n") > LONG_FILE for path in ours),
         "modules in import circles": sum(len(circle) for circle in circles(ours)),
         "lines of code": sum(tree[path].count("\n") for path in ours),
@@ -127,6 +129,10 @@ def _lines(node: ast.FunctionDef) -> int:
     last = node.end_lineno or node.lineno
     text = node.body[0] if ast.get_docstring(node) is not None else None
     return last - node.lineno + 1 - (0 if text is None else (text.end_lineno or 0) - text.lineno + 1)
+
+
+def _parameters(node: ast.FunctionDef) -> int:
+    return len(node.args.posonlyargs) + len(node.args.args) + len(node.args.kwonlyargs)
 
 
 def _git(*arguments: str, input: bytes | None = None) -> bytes:

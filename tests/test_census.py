@@ -12,7 +12,7 @@ TREE = {
     "smi/b/__init__.py": "from smi.b import c\n",
     "smi/b/c.py": "from smi.a import f\n",
     "smi/d.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import smi.e\ndef f():\n    import smi.e\n",
-    "smi/e.py": "import smi.d\n",
+    "smi/e.py": "import smi.d\ndef f(a, b, c, /, d, e, *, f, g, h):\n    1\ndef g(a, b, c, d, *, e, f, g):\n    1\n",
     "smi_kernels/long.py": "def f():\n    '''Text\n" + "\n" * 60 + "'''\n" + "    x = 1\n" * 51,
     "smi_kernels/short.py": "def f():\n    '''Text\n" + "\n" * 60 + "'''\n" + "    x = 1\n" * 49,
     "tests/test_a.py": "one = 1\ntwo = 2\n",
@@ -27,6 +27,7 @@ def test_each_count():
     assert found["context variables"] == 1
     assert found["functions that cache for the process"] == 1
     assert found["functions over 50 lines"] == 1, "docstrings do not count"
+    assert found["functions over 7 parameters"] == 1
     assert found["modules in import circles"] == 3
     assert (found["lines of tests"], found["lines of JSON"]) == (2, 2)
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from smi_kernels import native
 from smi_kernels.backends.prepared import prepares
 from smi_kernels.epilogues import epilogues
-from smi_kernels.layers import zero_padding
-from smi_kernels.plan import Layer
+from smi_kernels.graph.layers import zero_padding
+from smi_kernels.graph.plan import Layer
 from smi_kernels.request import Request
 
 if TYPE_CHECKING:

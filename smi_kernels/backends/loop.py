@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from smi_kernels.divergences.reductions import reductions
 from smi_kernels.noise import INPUT, draw
-from smi_kernels.reductions import reductions
 from smi_kernels.request import Request
 
 

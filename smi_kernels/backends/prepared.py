@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from smi_kernels import native
-from smi_kernels.folding import fold
+from smi_kernels.graph.folding import fold
+from smi_kernels.graph.plan import Layer, Plan
 from smi_kernels.noise import INDEPENDENT
-from smi_kernels.perturbed import PerturbedModel
-from smi_kernels.plan import Layer, Plan
+from smi_kernels.noise.perturbed_model import PerturbedModel
 from smi_kernels.request import Request
 
 Folded = dict[str, tuple[Tensor, Tensor | None]]

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from smi_kernels.backends.loop import score_draws
-from smi_kernels.perturbed import PerturbedModel
+from smi_kernels.noise.perturbed_model import PerturbedModel
 from smi_kernels.precision import plain
 from smi_kernels.request import Request, check_logits
 
@@ -31,7 +31,7 @@ def scores(model: nn.Module, request: Request) -> Tensor:
 class _Scorer:
     def __init__(self, model: nn.Module, request: Request) -> None:
         self._model, self._request = model, request
-        self._perturbed = PerturbedModel.of(model, request)
+        self._perturbed = PerturbedModel(model, request)
 
     @property
     def has_noise(self) -> bool:
@@ -52,7 +52,7 @@ class _Scorer:
 
 
 class _Float32Ends(TorchFunctionMode):
-    """Runs a model's two ends outside autocast, see `smi_kernels.plan.Layer`."""
+    """Runs a model's two ends outside autocast, see `smi_kernels.graph.plan.Layer`."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

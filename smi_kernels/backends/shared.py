@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smi_kernels.epilogues import epilogues
-from smi_kernels.folding import fold
-from smi_kernels.layers import zero_padding
+from smi_kernels.graph.folding import fold
+from smi_kernels.graph.layers import zero_padding
+from smi_kernels.graph.plan import Layer, Plan
 from smi_kernels.noise import INDEPENDENT, RANK1
-from smi_kernels.perturbed import PerturbedModel
-from smi_kernels.plan import Layer, Plan
+from smi_kernels.noise.perturbed_model import PerturbedModel
 from smi_kernels.request import Request
 
 if TYPE_CHECKING:
@@ -83,48 +83,18 @@ def _factors(model: PerturbedModel, name: str, ks: Sequence[int | None]) -> tupl
 
 def run_layer(runner: Runner, step: Layer, ks: Sequence[int | None], x: Tensor, residual: Tensor | None) -> Tensor:
     """See `smi_kernels.backends.together.RunLayer`."""
-    model, name = runner.perturbed, f"{step.module}.weight"
     rows, dtype = _rows(runner, step, ks), runner.layer_dtype(step)
-    module, std, wide = runner.modules[step.module], model.std(name), runner.request.working_dtype
-    x = x.to(dtype)
-
-    def product(h: Tensor, weight: Tensor) -> Tensor:
-        weight = weight.to(dtype, memory_format=torch.channels_last if weight.ndim == 4 else torch.contiguous_format)
-        if isinstance(module, nn.Linear):
-            return F.linear(h, weight)
-        padding = zero_padding(module)
-        # What follows is a sum of few terms: in float32, so that it is rounded once.
-        return F.conv2d(h, weight, None, module.stride, padding, module.dilation).to(wide)  # type: ignore[arg-type]
+    std = runner.perturbed.std(f"{step.module}.weight")
 
     def spread(values: Tensor) -> Tensor:
         """``[draws, rows]`` to the shape of the draws' outputs."""
         return values.reshape(len(ks), 1, -1, *[1] * (x.ndim - 2))
 
-    def grouped(values: Tensor) -> Tensor:
-        return values.unflatten(0, (len(ks), -1))
-
-    moved = None
-    if std == 0:
-        y = grouped(product(x, rows.weight))
-    elif model.family.structure == RANK1:
-        # The b_k are further rows of the matrix: K of them for each draw, of which it needs one.
-        firsts, seconds = _factors(model, name, ks)
-        extra = torch.stack(seconds).reshape(len(ks), *rows.weight.shape[1:])
-        both = grouped(product(x, torch.cat([rows.weight, extra.to(rows.weight.dtype)])))
-        split = len(rows.weight)
-        y, moved = both[:, :, :split], torch.stack([both[i, :, split + i : split + i + 1] for i in range(len(ks))])
-        factor = torch.stack(firsts)
-    else:
-        firsts, seconds = _factors(model, name, ks)
-        base = model.base(name)
-        assert base is not None
-        y = grouped(product(x, rows.weight))
-        moved = grouped(product((grouped(x) * spread(torch.stack(seconds)).to(dtype)).flatten(0, 1), base))
-        factor = torch.stack(firsts)
-
+    y, noise = _products(runner, step, ks, x.to(dtype), rows.weight)
     if rows.ratio is not None:
         y = torch.addcmul(y, y, spread(rows.ratio))
-    if moved is not None:
+    if noise is not None:
+        moved, factor = noise
         factor = std * factor if rows.scale is None else std * factor * rows.scale
         y = torch.addcmul(y, moved, spread(factor))
     if rows.bias is not None:
@@ -134,3 +104,38 @@ def run_layer(runner: Runner, step: Layer, ks: Sequence[int | None], x: Tensor, 
         y = y + residual.to(y.dtype)
     y = epilogues[step.epilogue].compute(y)
     return y.to(dtype)
+
+
+def _products(
+    runner: Runner, step: Layer, ks: Sequence[int | None], x: Tensor, weight: Tensor
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """W h_k, and of the noise b_k · h_k with its factor a_k, or B (r_k ∘ h_k) with s_k; ``[draws, N, ...]``."""
+    model, name, k = runner.perturbed, f"{step.module}.weight", len(ks)
+
+    def product(h: Tensor, weight: Tensor) -> Tensor:
+        return _product(runner, step, h, weight).unflatten(0, (k, -1))
+
+    if model.std(name) == 0:
+        return product(x, weight), None
+    firsts, seconds = (torch.stack(values) for values in _factors(model, name, ks))
+    if model.family.structure == RANK1:
+        # The b_k are further rows of the matrix: K of them for each draw, of which it needs one.
+        extra, split = seconds.reshape(k, *weight.shape[1:]).to(weight.dtype), len(weight)
+        both = product(x, torch.cat([weight, extra]))
+        own = torch.stack([both[i, :, split + i : split + i + 1] for i in range(k)])
+        return both[:, :, :split], (own, firsts)
+    base = model.base(name)
+    assert base is not None
+    signs = seconds.reshape(k, 1, -1, *[1] * (x.ndim - 2)).to(x.dtype)
+    signed = (x.unflatten(0, (k, -1)) * signs).flatten(0, 1)
+    return product(x, weight), (product(signed, base), firsts)
+
+
+def _product(runner: Runner, step: Layer, x: Tensor, weight: Tensor) -> Tensor:
+    module = runner.modules[step.module]
+    weight = weight.to(x.dtype, memory_format=torch.channels_last if weight.ndim == 4 else torch.contiguous_format)
+    if isinstance(module, nn.Linear):
+        return F.linear(x, weight)
+    y = F.conv2d(x, weight, None, module.stride, zero_padding(module), module.dilation)  # type: ignore[arg-type]
+    # What follows is a sum of few terms: in float32, so that it is rounded once.
+    return y.to(runner.request.working_dtype)

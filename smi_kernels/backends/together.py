@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from smi_kernels.backends.loop import divergences_of_draws, input_noise
-from smi_kernels.plan import Call, Layer
+from smi_kernels.graph.plan import Call, Layer
 from smi_kernels.request import Request, check_logits
 
 if TYPE_CHECKING:

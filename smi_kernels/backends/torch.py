@@ -19,13 +19,13 @@ from smi_kernels.backends import fused, reference, shared, together
 from smi_kernels.backends.loop import score_draws
 from smi_kernels.backends.prepared import Folded, Prepared, prepares
 from smi_kernels.epilogues import epilogues
-from smi_kernels.folding import fold
-from smi_kernels.layers import layers, zero_padding
-from smi_kernels.perturbed import PerturbedModel
-from smi_kernels.plan import Call, Layer, Plan, arguments, plan_of
+from smi_kernels.graph.folding import fold
+from smi_kernels.graph.layers import layers, zero_padding
+from smi_kernels.graph.plan import Call, Layer, Plan, arguments, plan_of
+from smi_kernels.graph.tracing import NotTraceable
+from smi_kernels.noise.perturbed_model import PerturbedModel
 from smi_kernels.precision import plain
 from smi_kernels.request import Request, check_logits
-from smi_kernels.tracing import NotTraceable
 
 
 def supports(model: nn.Module, request: Request) -> bool:
@@ -74,7 +74,7 @@ class Runner:
     def __init__(self, model: nn.Module, plan: Plan, request: Request) -> None:
         self.plan, self.request = plan, request
         self.modules = dict(model.named_modules(remove_duplicate=False))
-        self.perturbed = PerturbedModel.of(model, request)
+        self.perturbed = PerturbedModel(model, request)
 
     @property
     def has_noise(self) -> bool:

@@ -21,18 +21,18 @@ from torch.nn import functional as F
 from smi_kernels import ops  # noqa: F401  registers torch.ops.smi_kernels
 from smi_kernels.backends.loop import score_draws
 from smi_kernels.backends.torch import Runner, plan_or_warn
-from smi_kernels.configs import fits_kernel, prefers_library, prefers_scratch
 from smi_kernels.divergences import divergences
-from smi_kernels.epilogues import epilogues
-from smi_kernels.folding import fold
-from smi_kernels.layers import zero_padding
+from smi_kernels.epilogues import Epilogue, epilogues
+from smi_kernels.graph.folding import fold
+from smi_kernels.graph.layers import zero_padding
+from smi_kernels.graph.plan import Call, Layer, Plan, plan_of, reads_of
+from smi_kernels.graph.tracing import NotTraceable
 from smi_kernels.noise import INDEPENDENT, PARAMETERS, families
-from smi_kernels.plan import Call, Layer, Plan, plan_of, reads_of
+from smi_kernels.ops.launch import interpreting
+from smi_kernels.ops.perturbed_conv.shape import ConvShape, Geometry, conv_shape, geometry
 from smi_kernels.precision import plain
 from smi_kernels.request import Request, check_logits
-from smi_kernels.tracing import NotTraceable
-from smi_kernels.triton import interpreting
-from smi_kernels.triton.conv_shape import ConvShape, conv_shape
+from smi_kernels.tune.choices import fits_kernel, prefers_library, prefers_scratch
 
 SCRATCH = 32 << 20
 """Bytes of one layer's weights of a group of draws: what stays in the second-level cache of a large GPU."""
@@ -233,16 +233,16 @@ class _KernelRunner:
             return torch.ops.smi_kernels.perturbed_linear(
                 job.x, weight.squeeze(2), job.bias, job.residual, job.draws, job.epilogue, job.shared, job.out_dtype
             )
-        kernel, geometry = list(theta.shape[2:]), _geometry(job.module)
+        read = _geometry(job.module)
         if not fits_kernel(job.module) or prefers_library(job.x.device, _shape(job, theta)):
-            folded = weight.unflatten(2, kernel).permute(0, 1, 4, 2, 3)
+            folded = weight.unflatten(2, read.kernel).permute(0, 1, 4, 2, 3)
             return library_conv(
-                job.x, folded, job.bias, job.residual, job.draws, geometry, job.epilogue, shared=job.shared,
-                out_dtype=job.out_dtype,
+                job.x, folded, job.bias, job.residual, draws=job.draws, geometry=read,
+                epilogue=epilogues[job.epilogue], shared=job.shared, out_dtype=job.out_dtype,
             )  # fmt: skip
         return torch.ops.smi_kernels.perturbed_conv(
-            job.x, weight, job.bias, job.residual, job.draws, kernel, *geometry, job.epilogue, job.shared,
-            job.out_dtype,
+            job.x, weight, job.bias, job.residual, job.draws, read.kernel, *read.of_conv2d, job.epilogue,
+            job.shared, job.out_dtype,
         )  # fmt: skip
 
     @staticmethod
@@ -260,7 +260,7 @@ class _KernelRunner:
         args = (job.x, theta, job.scale, job.bias, job.residual, *noise)
         if isinstance(job.module, nn.Linear):
             return torch.ops.smi_kernels.perturbed_linear_signs(*args, *end)
-        return torch.ops.smi_kernels.perturbed_conv_signs(*args, *_geometry(job.module), *end)
+        return torch.ops.smi_kernels.perturbed_conv_signs(*args, *_geometry(job.module).of_conv2d, *end)
 
     def _weights(self, job: _Job, theta: Tensor, std: float, name: str) -> Tensor:
         """The group's weights of one layer, ``[draws, rows, taps, channels]``, in the scratch."""
@@ -330,45 +330,31 @@ def _dependents(plan: Plan) -> set[str]:
 
 
 def library_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, draws: int,
-    geometry: tuple[list[int], list[int], list[int], int], epilogue: str, *, shared: bool, out_dtype: torch.dtype,
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *, draws: int, geometry: Geometry,
+    epilogue: Epilogue, shared: bool, out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """What `smi_kernels.triton.perturbed_conv` computes by the vendor's library, draw by draw.
+    """What `smi_kernels.ops.perturbed_conv` computes by the vendor's library, draw by draw.
 
-    Args:
-        x: ``[draws·N, C, H, W]``, or ``[N, C, H, W]`` with ``shared``.
-        weight: ``[draws, O, C / groups, KH, KW]`` of x's dtype.
-        bias: float32 ``[draws, O]`` or None; added in float32.
-        residual: like the result, or None.
-        draws: number of draws.
-        geometry: stride, padding, dilation, groups.
-        epilogue: name of the activation.
-        shared: every draw sees the same x.
-        out_dtype: of the result.
-
-    Returns:
-        ``[draws·N, O, OH, OW]``.
+    Its arguments, but for the weight, which is ``[draws, O, C / groups, KH, KW]``. Sums leave the library in x's dtype.
     """
     inputs = [x] * draws if shared else x.chunk(draws)
-    y = torch.cat([F.conv2d(part, w, None, *geometry) for part, w in zip(inputs, weight, strict=True)])
+    y = torch.cat([F.conv2d(part, w, None, *geometry.of_conv2d) for part, w in zip(inputs, weight, strict=True)])
     if bias is not None:
         y = (y.unflatten(0, (draws, -1)) + bias[:, None, :, None, None]).flatten(0, 1)
-    y = epilogues[epilogue].compute(y if residual is None else y + residual)
+    y = epilogue.compute(y if residual is None else y + residual)
     return y.to(out_dtype, memory_format=torch.channels_last)
 
 
 def _shape(job: _Job, theta: Tensor) -> ConvShape:
-    stride, padding, dilation, groups = _geometry(job.module)
     flat = torch.Size((theta.shape[0], theta[0, 0].numel(), theta.shape[1]))
-    kernel, steps, zeros, spread = ((a, b) for a, b in (theta.shape[2:], stride, padding, dilation))
-    return conv_shape(job.x, flat, job.draws, kernel, steps, zeros, spread, groups, job.shared)
+    return conv_shape(job.x, flat, job.draws, _geometry(job.module), job.shared)
 
 
-def _geometry(module: nn.Module) -> tuple[list[int], list[int], list[int], int]:
+def _geometry(module: nn.Module) -> Geometry:
     assert isinstance(module, nn.Conv2d)
     padding = zero_padding(module)
     assert padding is not None
-    return list(module.stride), list(padding), list(module.dilation), module.groups
+    return geometry(module.kernel_size, module.stride, padding, module.dilation, module.groups)
 
 
 def _per_draw(values: Tensor | None, draws: int) -> Tensor | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from smi_kernels.bench.models import Normalised
 from smi_kernels.divergences import kl
-from smi_kernels.perturbed import root_mean_square
+from smi_kernels.noise.perturbed_model import root_mean_square
 
 Run = Callable[[int], Tensor]
 """From the number of draws K to scores ``[N]``. What it holds was set up before, outside the time."""

@@ -1,7 +1,5 @@
 """What users add: by entry point (the package in `example_plugin`), and by a module of their own with `check_*`."""
 
-import os
-import subprocess
 import sys
 import textwrap
 import warnings
@@ -9,23 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional as F
+from example_net import EXAMPLE, IMAGES, MINE, OPTIONS, in_interpreter, net
 
 from smi_kernels import InputError, stability_scores
 from smi_kernels.divergences import divergences
 from smi_kernels.epilogues import epilogues
+from smi_kernels.graph.plan import Layer, plan_of
 from smi_kernels.noise import families
-from smi_kernels.plan import Layer, plan_of
 from smi_kernels.plugins import load_plugins
 from smi_kernels.testing import check_divergence, check_epilogue, check_family
 
 pytest.importorskip("triton")
-
-EXAMPLE = Path(__file__).parent / "example_plugin"
-IMAGES = torch.rand(3, 1, 6, 5, generator=torch.Generator().manual_seed(0))
-OPTIONS = {"k": 2, "sigma_x": 0.2, "sigma_w": 0.3, "dtype": "float32", "seed": 3}
-MINE = {"family": "laplace", "input_family": "laplace", "divergence": "hellinger"}
 
 
 @pytest.fixture(autouse=True)
@@ -45,35 +37,6 @@ def fresh(monkeypatch):
 @pytest.fixture
 def example(monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLE))
-
-
-def in_interpreter(code, *paths):
-    """Run code in a process of its own with Triton's interpreter, and return its standard output."""
-    path = os.pathsep.join([*map(str, paths), *filter(None, sys.path)])
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    return run.stdout
-
-
-class Net(nn.Module):
-    """The example's epilogue as a function and as a module."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.b, self.head = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(8, 3)
-        self.act = nn.Hardswish()
-
-    def forward(self, x):
-        return self.head(self.act(self.b(F.hardswish(self.a(x)))).flatten(1))
-
-
-def net():
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return Net().eval()
 
 
 def test_a_package_is_found_by_its_entry_point(example):
@@ -107,7 +70,7 @@ def test_the_example_in_the_triton_backend(example):
         """
         import torch
         from smi_kernels import stability_scores
-        from test_kernels_extension import IMAGES, MINE, OPTIONS, net
+        from example_net import IMAGES, MINE, OPTIONS, net
         print(stability_scores(net(), IMAGES, **OPTIONS, **MINE, backend="triton", reduce="none").tolist())
         """,
         EXAMPLE, folder,
@@ -143,8 +106,8 @@ SOUND = """
     from smi_kernels.divergences import divergences
     from smi_kernels.epilogues import epilogues
     from smi_kernels.noise import families
-    from smi_kernels.philox import uniform
-    from smi_kernels.triton.noise import uniform as u01
+    from smi_kernels.noise.philox import uniform
+    from smi_kernels.noise.triton import uniform as u01
 
     @triton.jit
     def flat(w0, w1, w2, w3):

@@ -1,11 +1,13 @@
-"""The operators on a device without Triton, where their twins run. With Triton: interpreted/check_ops.py."""
+"""The operators on a device without Triton, where their references run. With Triton: interpreted/check_ops.py."""
 
 import pytest
 import torch
 from operator_samples import SAMPLES, chain, chain_arguments, random, run, sample
 
-from smi_kernels import InputError, ops, twins
+from smi_kernels import InputError
 from smi_kernels.noise import INPUT, PARAMETERS, draw, families
+from smi_kernels.ops import launch
+from smi_kernels.ops.unit_noise import reference
 
 
 @pytest.mark.parametrize(("name", "number"), SAMPLES)
@@ -89,9 +91,9 @@ def test_signs_are_added_before_the_weights_are_rounded_and_scaled_after(dtype):
     torch.testing.assert_close(run("perturbed_linear_signs", kwargs).double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_operators_run_their_twins_here(monkeypatch):
-    assert not ops._compiled(torch.zeros(1))
+def test_the_operators_run_their_references_here(monkeypatch):
+    assert not launch.compiled(torch.zeros(1))
     called = []
-    monkeypatch.setattr(twins, "unit_noise", lambda *a: called.append(a) or torch.zeros(2, 3, 4))
+    monkeypatch.setattr(reference, "unit_noise", lambda *a, **b: called.append(a) or torch.zeros(2, 3, 4))
     run("unit_noise", sample("unit_noise", 0))
     assert called

@@ -5,7 +5,7 @@ from hypothesis import given, settings, strategies as st
 from kernel_reference import numpy_philox, numpy_uniform
 
 from smi_kernels import InputError
-from smi_kernels.philox import box_muller, philox, uniform
+from smi_kernels.noise.philox import box_muller, philox, uniform
 
 word = st.integers(0, 2**32 - 1)
 

@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from smi_kernels import InputError, register_layer, stability_scores
 from smi_kernels.backends import torch as torch_backend
-from smi_kernels.layers import layers
-from smi_kernels.plan import Layer, plan_of
-from smi_kernels.tracing import NotTraceable, trace
+from smi_kernels.graph.layers import layers
+from smi_kernels.graph.plan import Layer, plan_of
+from smi_kernels.graph.tracing import NotTraceable, trace
 
 OPTIONS = {"k": 4, "sigma_x": 0.05, "sigma_w": 0.1, "seed": 5}
 IMAGES = torch.rand(5, 2, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -252,9 +252,9 @@ def test_parameters_used_by_functions_need_no_registration():
 
 
 def test_register_layer(monkeypatch):
-    monkeypatch.setattr("smi_kernels.layers.layers", dict(layers))
-    for module in ("plan", "tracing", "backends.torch"):
-        monkeypatch.setattr(f"smi_kernels.{module}.layers", __import__("smi_kernels.layers").layers.layers)
+    mine = dict(layers)
+    for module in ("graph.layers", "graph.plan", "graph.tracing", "backends.torch"):
+        monkeypatch.setattr(f"smi_kernels.{module}.layers", mine)
     seen = []
 
     def apply(module, tensors, x):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import triton
 import triton.language as tl
 
-from smi_kernels.manifest import Expects, Variant
+from smi_kernels.aot import Expects, Variant
 
 
 @triton.jit

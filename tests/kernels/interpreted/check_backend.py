@@ -14,9 +14,9 @@ from smi_kernels import Epilogue, InputError, stability_scores
 from smi_kernels.backends import backends, torch as torch_backend, triton as triton_backend
 from smi_kernels.divergences import Divergence, divergences
 from smi_kernels.epilogues import epilogues
+from smi_kernels.graph.plan import plan_of
 from smi_kernels.noise import Family, families
-from smi_kernels.plan import plan_of
-from smi_kernels.triton import perturbed_conv as kernels
+from smi_kernels.ops.perturbed_conv import kernel as kernels
 
 IMAGES = 0.01 + 0.98 * torch.rand(3, 2, 7, 5, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 4, 2])

@@ -7,10 +7,10 @@ from torch.nn import functional as F
 from smi_kernels.epilogues import epilogues
 from smi_kernels.errors import InputError
 from smi_kernels.noise import draw, families
-from smi_kernels.registry import load_kernel
-from smi_kernels.triton.epilogues import identity, relu
-from smi_kernels.triton.pack_signs import pack_signs
-from smi_kernels.triton.perturbed_conv import conv_tile, perturbed_conv, perturbed_conv_signs
+from smi_kernels.ops.launch import Draws
+from smi_kernels.ops.perturbed_conv.kernel import Packed, conv_tile, perturbed_conv
+from smi_kernels.ops.perturbed_conv.pack_signs import pack_signs
+from smi_kernels.ops.perturbed_conv.shape import geometry
 
 STD, TENSOR, SEED = 0.25, 7, (1 << 63) + (1 << 31) + 9  # both words of the seed have their highest bit set
 SMALL = {"block_m": 16, "block_o": 16, "block_k": 16, "num_warps": 4, "num_stages": 2}
@@ -57,8 +57,14 @@ def unit_signs(shape, k, *, first=0, antithetic=False):
 
 def packed(weight, k, *, first=0, antithetic=False):
     """Signs for a parameter of the shape of ``weight``, ``[O, C, KH, KW]``."""
-    numbers = {"tensor": TENSOR, "first": first, "draws": k, "seed": SEED, "antithetic": antithetic}
-    return pack_signs(*weight.shape[:2], weight[0, 0].numel(), **numbers, device="cpu")
+    which = Draws(first=first, count=k, seed=SEED, antithetic=antithetic)
+    return pack_signs(*weight.shape[:2], weight[0, 0].numel(), tensor=TENSOR, which=which, device="cpu")
+
+
+def conv(x, weight, *added, kernel_size, stride=1, padding=0, dilation=1, groups=1, epilogue="identity", **options):
+    """The launcher, with a geometry and an activation as the tests write them."""
+    read = geometry(kernel_size, stride, padding, dilation, groups)
+    return perturbed_conv(x, weight, *added, geometry=read, epilogue=epilogues[epilogue], **options)
 
 
 def close(y, reference, dtype):
@@ -88,7 +94,7 @@ GEOMETRIES = [  # channels, outputs, image, kernel, and what conv2d takes beside
 @pytest.mark.parametrize(("channels", "outputs", "size", "kernel", "geometry"), GEOMETRIES)
 def test_conv_equals_float64(channels, outputs, size, kernel, geometry):
     x, weight, bias = problem(2, 2, channels, outputs, size, kernel, geometry.get("groups", 1))
-    y = perturbed_conv(x, taps(weight), bias, draws=2, kernel_size=kernel, epilogue=identity, **geometry)
+    y = conv(x, taps(weight), bias, draws=2, kernel_size=kernel, **geometry)
     close(y, expected(x, weight, bias, **geometry), torch.float32)
 
 
@@ -96,10 +102,8 @@ def test_conv_equals_float64(channels, outputs, size, kernel, geometry):
 def test_signed_conv_equals_the_registered_family(channels, outputs, size, kernel, geometry):
     x, weight, bias = problem(2, 1, channels, outputs, size, kernel, geometry.get("groups", 1))
     theta, scale = weight[0], torch.rand(2, outputs) + 0.5
-    y = perturbed_conv_signs(
-        x, taps(theta), packed(theta, 2, first=1), scale, bias, std=STD, draws=2, kernel_size=kernel,
-        epilogue=identity, **geometry,
-    )  # fmt: skip
+    signs = Packed(packed(theta, 2, first=1), STD, scale)
+    y = conv(x, taps(theta), bias, draws=2, kernel_size=kernel, packed=signs, **geometry)
     noisy = theta + STD * unit_signs(theta.shape, 2, first=1)
     close(y, expected(x, noisy, bias, scale=scale, **geometry), torch.float32)
 
@@ -110,8 +114,8 @@ def test_signs_of_every_block_of_channels(channels, block_k):
     """A one-hot image reads the weights of one channel at a time: theta 0 and std 1 give the signs themselves."""
     x = channels_last(torch.eye(channels)[:, :, None, None])
     theta = torch.zeros(5, channels, 1, 1)
-    y = perturbed_conv_signs(
-        x, taps(theta), packed(theta, 2), std=1.0, draws=2, kernel_size=1, epilogue=identity, shared=True,
+    y = conv(
+        x, taps(theta), draws=2, kernel_size=1, shared=True, packed=Packed(packed(theta, 2), 1.0),
         tile={**SMALL, "block_m": 64, "block_k": block_k},
     )  # fmt: skip
     signs = unit_signs(theta.shape, 2)[..., 0, 0]
@@ -122,12 +126,12 @@ def test_signs_of_every_block_of_channels(channels, block_k):
 def test_half_inputs_are_summed_in_float32(dtype):
     x, weight, bias = problem(2, 1, 40, 6, (5, 4), (3, 3), dtype=dtype)
     residual = channels_last(torch.randn(2, 6, 5, 4).to(dtype))
-    y = perturbed_conv(x, taps(weight), bias, residual, draws=2, kernel_size=3, padding=1, epilogue=relu)
+    y = conv(x, taps(weight), bias, residual, draws=2, kernel_size=3, padding=1, epilogue="relu")
     reference = expected(x, weight, bias, residual, torch.relu, padding=1)
     assert y.dtype == dtype
     close(y, reference, dtype)
-    full = perturbed_conv(
-        x, taps(weight), bias, residual.float(), draws=2, kernel_size=3, padding=1, epilogue=relu,
+    full = conv(
+        x, taps(weight), bias, residual.float(), draws=2, kernel_size=3, padding=1, epilogue="relu",
         out_dtype=torch.float32,
     )  # fmt: skip
     assert full.dtype == torch.float32
@@ -139,9 +143,8 @@ def test_half_inputs_are_summed_in_float32(dtype):
 def test_signed_half_weights_are_rounded_as_stored_ones(dtype, std):
     x, weight, _ = problem(2, 1, 40, 6, (5, 4), (3, 3), dtype=dtype)
     theta = weight[0]
-    y = perturbed_conv_signs(
-        x, taps(theta), packed(theta, 2), std=std, draws=2, kernel_size=3, epilogue=identity, out_dtype=torch.float32
-    )
+    signs = Packed(packed(theta, 2), std)
+    y = conv(x, taps(theta), draws=2, kernel_size=3, packed=signs, out_dtype=torch.float32)
     noisy = theta.float() + std * unit_signs(theta.shape, 2)
     close(y, expected(x, noisy.to(dtype)), torch.float32)
     assert (y - expected(x, noisy)).abs().max() > 1e-3
@@ -150,11 +153,11 @@ def test_signed_half_weights_are_rounded_as_stored_ones(dtype, std):
 def test_shared_images_residual_and_no_bias():
     _, weight, _ = problem(3, 2, 18, 5, (4, 5), (3, 3))
     x, residual = channels_last(torch.randn(2, 18, 4, 5)), channels_last(torch.randn(6, 5, 4, 5))
-    common = {"draws": 3, "kernel_size": 3, "padding": 1, "epilogue": relu, "shared": True}
-    y = perturbed_conv(x, taps(weight), None, residual, **common)
+    common = {"draws": 3, "kernel_size": 3, "padding": 1, "epilogue": "relu", "shared": True}
+    y = conv(x, taps(weight), None, residual, **common)
     close(y, expected(x.repeat(3, 1, 1, 1), weight, None, residual, torch.relu, padding=1), torch.float32)
     theta = weight[0]
-    y = perturbed_conv_signs(x, taps(theta), packed(theta, 3), None, None, residual, std=STD, **common)
+    y = conv(x, taps(theta), None, residual, packed=Packed(packed(theta, 3), STD), **common)
     noisy = theta + STD * unit_signs(theta.shape, 3)
     close(y, expected(x.repeat(3, 1, 1, 1), noisy, None, residual, torch.relu, padding=1), torch.float32)
 
@@ -162,18 +165,17 @@ def test_shared_images_residual_and_no_bias():
 @pytest.mark.parametrize("name", ["identity", "relu", "relu6", "silu", "gelu"])
 def test_every_epilogue_equals_its_twin(name):
     x, weight, bias = problem(1, 1, 8, 18, (4, 4), (1, 1))
-    act = load_kernel(epilogues[name].kernel)
-    y = perturbed_conv(x, taps(weight), bias, draws=1, kernel_size=1, epilogue=act)
+    y = conv(x, taps(weight), bias, draws=1, kernel_size=1, epilogue=name)
     close(y, epilogues[name].compute(expected(x, weight, bias)), torch.float32)
 
 
 def test_tiles_agree():
     x, weight, bias = problem(1, 1, 70, 20, (5, 4), (2, 2))
-    common = {"draws": 1, "kernel_size": 2, "padding": 1, "epilogue": identity}
+    common = {"draws": 1, "kernel_size": 2, "padding": 1, "epilogue": "identity"}
     tiles = [SMALL, {**SMALL, "block_k": 64, "weight_first": 1}, {**SMALL, "block_m": 64, "block_o": 32, "block_k": 32}]
-    given = [perturbed_conv(x, taps(weight), bias, **common, tile=tile) for tile in tiles]
+    given = [conv(x, taps(weight), bias, **common, tile=tile) for tile in tiles]
     theta = weight[0]
-    drawn = [perturbed_conv_signs(x, taps(theta), packed(theta, 1), std=STD, **common, tile=tile) for tile in tiles]
+    drawn = [conv(x, taps(theta), packed=Packed(packed(theta, 1), STD), **common, tile=tile) for tile in tiles]
     for results in (given, drawn):
         for other in results[1:]:
             torch.testing.assert_close(other, results[0], rtol=1e-5, atol=5e-5)
@@ -193,8 +195,11 @@ def test_tile_table_covers_all_sizes():
 @pytest.mark.parametrize(("rows", "channels", "count"), [(3, 5, 9), (2, 33, 1), (4, 64, 2), (1, 1, 25), (2, 128, 1)])
 @pytest.mark.parametrize("antithetic", [False, True])
 def test_packed_signs_are_the_registered_ones(rows, channels, count, antithetic):
-    numbers = {"tensor": TENSOR, "seed": SEED, "antithetic": antithetic, "device": "cpu"}
-    signs = pack_signs(rows, channels, count, first=1, draws=3, **numbers)
+    def pack(first, draws):
+        which = Draws(first=first, count=draws, seed=SEED, antithetic=antithetic)
+        return pack_signs(rows, channels, count, tensor=TENSOR, which=which, device="cpu")
+
+    signs = pack(1, 3)
     assert signs.dtype == torch.int32
     assert signs.shape == (3, rows, count, -(-channels // 32))
     bits = (signs[..., None] >> torch.arange(32)) & 1
@@ -203,40 +208,39 @@ def test_packed_signs_are_the_registered_ones(rows, channels, count, antithetic)
     assert torch.equal(1.0 - 2.0 * bits[..., :channels], wanted)
     assert not bits[..., channels:].any()
     for j in range(3):  # however the draws are split
-        assert torch.equal(pack_signs(rows, channels, count, first=1 + j, draws=1, **numbers)[0], signs[j])
+        assert torch.equal(pack(1 + j, 1)[0], signs[j])
 
 
 def test_empty_batch():
     x = channels_last(torch.empty(0, 3, 4, 4))
-    y = perturbed_conv(x, torch.ones(2, 5, 9, 3), draws=2, kernel_size=3, epilogue=identity)
+    y = conv(x, torch.ones(2, 5, 9, 3), draws=2, kernel_size=3)
     assert y.shape == (0, 5, 2, 2)
 
 
-def conv(x, weight, bias, residual=None, **changes):
-    options = {"draws": 2, "kernel_size": 3, "epilogue": identity, **changes}
-    return perturbed_conv(x, weight, bias, residual, **options)
+def run(x, weight, bias, residual=None, **changes):
+    return conv(x, weight, bias, residual, **{"draws": 2, "kernel_size": 3, **changes})
 
 
 BAD = {
-    "x is not contiguous in channels_last": lambda x, w, b: conv(x.contiguous(), w, b),
-    "weight is not contiguous": lambda x, w, b: conv(x, w.transpose(0, 1).contiguous().transpose(0, 1), b),
-    "weight is float16": lambda x, w, b: conv(x, w.half(), b),
-    "weight has shape": lambda x, w, b: conv(x, w[:1], b),
-    "with 3 draws": lambda x, w, b: conv(x, w, b, draws=3),
-    "bias has shape": lambda x, w, b: conv(x, w, b[:, :1]),
-    "bias is": lambda x, w, b: conv(x, w, b.double()),
-    "residual has shape": lambda x, w, b: conv(x, w, b, channels_last(torch.ones(4, 6, 3, 3))),
-    "residual is not contiguous": lambda x, w, b: conv(x, w, b, torch.ones(4, 6, 2, 2)),
-    "residual is float16": lambda x, w, b: conv(x, w, b, channels_last(torch.ones(4, 6, 2, 2)).half()),
-    "x is float64": lambda x, w, b: conv(x.double(), w.double(), b),
-    "out_dtype is": lambda x, w, b: conv(x, w, b, out_dtype=torch.float64),
-    "stride is": lambda x, w, b: conv(x, w, b, stride=0),
-    "padding is": lambda x, w, b: conv(x, w, b, padding=(1, -1)),
-    "kernel_size is": lambda x, w, b: conv(x, w, b, kernel_size=(3, 3, 3)),
-    "dilation is": lambda x, w, b: conv(x, w, b, dilation=0),
-    "2 groups": lambda x, w, b: conv(x, w, b, groups=2),
-    "exceeds images": lambda x, w, b: conv(x, w, b, dilation=2),
-    "is on meta": lambda x, w, b: conv(x.to("meta"), w, b),
+    "x is not contiguous in channels_last": lambda x, w, b: run(x.contiguous(), w, b),
+    "weight is not contiguous": lambda x, w, b: run(x, w.transpose(0, 1).contiguous().transpose(0, 1), b),
+    "weight is float16": lambda x, w, b: run(x, w.half(), b),
+    "weight has shape": lambda x, w, b: run(x, w[:1], b),
+    "with 3 draws": lambda x, w, b: run(x, w, b, draws=3),
+    "bias has shape": lambda x, w, b: run(x, w, b[:, :1]),
+    "bias is": lambda x, w, b: run(x, w, b.double()),
+    "residual has shape": lambda x, w, b: run(x, w, b, channels_last(torch.ones(4, 6, 3, 3))),
+    "residual is not contiguous": lambda x, w, b: run(x, w, b, torch.ones(4, 6, 2, 2)),
+    "residual is float16": lambda x, w, b: run(x, w, b, channels_last(torch.ones(4, 6, 2, 2)).half()),
+    "x is float64": lambda x, w, b: run(x.double(), w.double(), b),
+    "out_dtype is": lambda x, w, b: run(x, w, b, out_dtype=torch.float64),
+    "stride is": lambda x, w, b: run(x, w, b, stride=0),
+    "padding is": lambda x, w, b: run(x, w, b, padding=(1, -1)),
+    "kernel_size is": lambda x, w, b: run(x, w, b, kernel_size=(3, 3, 3)),
+    "dilation is": lambda x, w, b: run(x, w, b, dilation=0),
+    "2 groups": lambda x, w, b: run(x, w, b, groups=2),
+    "exceeds images": lambda x, w, b: run(x, w, b, dilation=2),
+    "is on meta": lambda x, w, b: run(x.to("meta"), w, b),
 }
 
 
@@ -250,16 +254,17 @@ def test_bad_input_is_named(message):
 def test_bad_signs_are_named():
     x, weight, _ = problem(2, 2, 5, 6, (4, 4), (3, 3))
     signs = packed(weight[0], 2)
-    common = {"std": 1.0, "draws": 2, "kernel_size": 3, "epilogue": identity}
+    common = {"draws": 2, "kernel_size": 3}
     for bad, message in ((signs[:1], "signs has shape"), (signs.long(), "signs is int64")):
         with pytest.raises(InputError, match=message):
-            perturbed_conv_signs(x, taps(weight[0]), bad, **common)
+            conv(x, taps(weight[0]), packed=Packed(bad, 1.0), **common)
     with pytest.raises(InputError, match="theta has shape"):
-        perturbed_conv_signs(x, taps(weight[0])[:, :8].contiguous(), signs, **common)
+        conv(x, taps(weight[0])[:, :8].contiguous(), packed=Packed(signs, 1.0), **common)
 
 
-@pytest.mark.parametrize("bad", [{"seed": -1}, {"tensor": 1 << 32}, {"draws": 0}, {"first": -1}])
-def test_bad_counters_are_named(bad):
-    numbers = {"tensor": 0, "first": 0, "draws": 1, "seed": 0, **bad}
-    with pytest.raises(InputError, match=next(iter(bad)) if "draws" not in bad and "first" not in bad else "draws"):
-        pack_signs(2, 3, 4, antithetic=False, device="cpu", **numbers)
+@pytest.mark.parametrize(
+    ("sizes", "tensor", "message"), [((2, 3, 4), 1 << 32, "tensor is"), ((2, 0, 4), 0, "No signs")]
+)
+def test_bad_sizes_and_ids_are_named(sizes, tensor, message):
+    with pytest.raises(InputError, match=message):
+        pack_signs(*sizes, tensor=tensor, which=Draws(first=0, count=1, seed=0), device="cpu")

@@ -7,10 +7,10 @@ from kernel_reference import numpy_noise, numpy_philox
 
 from smi_kernels.errors import InputError
 from smi_kernels.noise import Family, draw, families
-from smi_kernels.philox import uniform as torch_uniform
-from smi_kernels.triton import as_word, key_words
-from smi_kernels.triton.noise import gaussian, philox_words, uniform
-from smi_kernels.triton.unit_noise import unit_noise
+from smi_kernels.noise.philox import uniform as torch_uniform
+from smi_kernels.noise.triton import gaussian, philox_words, uniform
+from smi_kernels.ops.launch import Draws, as_word, key_words
+from smi_kernels.ops.unit_noise.kernel import unit_noise
 
 SEEDS = [0, 1, 0xFFFFFFFF, 2**32 + 5, 2**63 + 0x123456789, 2**64 - 1]
 LARGEST = 2**32 - 1  # tensor id
@@ -76,7 +76,7 @@ def test_normals_at_the_edges_of_the_words():
 def test_many_normals_are_those_of_torch():
     """So many that a change in the last bit of a polynomial's coefficient shows."""
     index, tensor = all_counters(2**21, 4, 1)
-    options = {"family": families["gaussian"], "first": 0, "draws": 1, "seed": 5, "stream": 0}
+    options = {"family": families["gaussian"], "which": Draws(first=0, count=1, seed=5), "stream": 0}
     noise = unit_noise(index, tensor, block=2**16, **options).flatten()
     assert same_bits(noise, draw(families["gaussian"], {1: (2**21,)}, seed=5, k=0, stream=0)[1])
 
@@ -87,9 +87,8 @@ def test_many_normals_are_those_of_torch():
 def test_unit_noise_is_that_of_torch(name, seed, antithetic):
     family, size = families[name], 1301
     index, tensor = all_counters(size, family.elements, LARGEST)
-    noise = unit_noise(
-        index, tensor, family=family, first=3, draws=3, seed=seed, stream=1, antithetic=antithetic, block=256
-    )
+    which = Draws(first=3, count=3, seed=seed, antithetic=antithetic)
+    noise = unit_noise(index, tensor, family=family, which=which, stream=1, block=256)
     for j in range(3):
         common = {"seed": seed, "k": 3 + j, "stream": 1, "antithetic": antithetic}
         expected = draw(family, {LARGEST: (size,)}, **common)[LARGEST]
@@ -104,19 +103,23 @@ def test_neither_chunks_nor_blocks_nor_order_change_the_noise(name, antithetic):
     family = families[name]
     index = torch.tensor([5, 0, 2**32 - 1, 7, 7], dtype=torch.int64)
     tensor = torch.tensor([1, 2, 0, 2**31, 0], dtype=torch.int64)
-    common = {"family": family, "seed": 2**40 + 1, "stream": 0, "antithetic": antithetic}
-    whole = unit_noise(index, tensor, first=0, draws=7, **common)
-    pieces = [unit_noise(index, tensor, first=f, draws=d, block=128, **common) for f, d in [(0, 1), (1, 2), (3, 4)]]
+    common = {"family": family, "stream": 0}
+    first, second, third, every = (
+        Draws(first=first, count=count, seed=2**40 + 1, antithetic=antithetic)
+        for first, count in [(0, 1), (1, 2), (3, 4), (0, 7)]
+    )
+    whole = unit_noise(index, tensor, which=every, **common)
+    pieces = [unit_noise(index, tensor, which=which, block=128, **common) for which in (first, second, third)]
     assert same_bits(torch.cat(pieces), whole)
     back = torch.tensor([4, 2, 0])
-    assert same_bits(unit_noise(index[back], tensor[back], first=0, draws=7, **common), whole[:, back])
+    assert same_bits(unit_noise(index[back], tensor[back], which=every, **common), whole[:, back])
     assert len({tuple(row) for row in whole.flatten(0, 1).tolist()}) == 35
 
 
 def test_int32_counters():
     family = families["gaussian"]
     index, tensor = torch.tensor([0, 9], dtype=torch.int32), torch.tensor([3, 4], dtype=torch.int32)
-    common = {"family": family, "first": 0, "draws": 1, "seed": 0, "stream": 0}
+    common = {"family": family, "which": Draws(first=0, count=1, seed=0), "stream": 0}
     assert same_bits(unit_noise(index, tensor, **common), unit_noise(index.long(), tensor.long(), **common))
 
 
@@ -130,11 +133,12 @@ def test_a_family_of_the_user():
         elements=4, values=lambda words: torch.stack([torch_uniform(w) for w in words], 1), kernel=_first_uniforms
     )
     index, tensor = all_counters(40, 4, 6)
-    noise = unit_noise(index, tensor, family=family, first=2, draws=1, seed=11, stream=0)
+    noise = unit_noise(index, tensor, family=family, which=Draws(first=2, count=1, seed=11), stream=0)
     assert same_bits(noise.flatten(), draw(family, {6: (40,)}, seed=11, k=2, stream=0)[6])
 
 
-GOOD = {"family": families["gaussian"], "first": 0, "draws": 1, "seed": 0, "stream": 0}
+FIRST = {"first": 0, "count": 1, "seed": 0}
+GOOD = {"family": families["gaussian"], "which": Draws(**FIRST), "stream": 0}
 
 
 @pytest.mark.parametrize(
@@ -144,13 +148,21 @@ GOOD = {"family": families["gaussian"], "first": 0, "draws": 1, "seed": 0, "stre
         (torch.arange(4), torch.arange(3), {}, "tensor has shape"),
         (torch.arange(4.0), torch.arange(4), {}, "index is float32"),
         (torch.arange(4, device="meta"), torch.arange(4), {}, "index is on meta"),
-        (torch.arange(4), torch.arange(4), {"seed": 2**64}, "seed"),
-        (torch.arange(4), torch.arange(4), {"seed": -1}, "seed"),
-        (torch.arange(4), torch.arange(4), {"draws": 0}, "draws"),
-        (torch.arange(4), torch.arange(4), {"first": -1}, "first"),
         (torch.arange(4), torch.arange(4), {"family": Family(elements=4, values=torch.stack)}, "no Triton kernel"),
     ],
 )
 def test_bad_input(index, tensor, change, message):
     with pytest.raises(InputError, match=message):
         unit_noise(index, tensor, **GOOD | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 2**64}, "seed"), ({"seed": -1}, "seed"), ({"count": 0}, "draws"), ({"count": 65536}, "draws"),
+        ({"first": -1}, "first"), ({"first": 2**31 - 1}, "first"),
+    ],
+)  # fmt: skip
+def test_bad_draws(change, message):
+    with pytest.raises(InputError, match=message):
+        Draws(**FIRST | change)

@@ -1,10 +1,13 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from smi_kernels.errors import InputError
 from smi_kernels.noise import PARAMETERS, Draw, draw, factors, families
-from smi_kernels.triton.perturb_input import perturb_input
-from smi_kernels.triton.perturb_weight import perturb_weight
+from smi_kernels.ops.launch import Draws
+from smi_kernels.ops.perturb_input.kernel import perturb_input
+from smi_kernels.ops.perturb_weight.kernel import perturb_weight
 
 SEED, STD, TENSOR = 2**63 + 0x123456789, 0.0371, 2**32 - 3
 SHAPES = [(5, 7), (1, 1), (3, 513), (5, 7, 3, 3), (1, 3, 7, 7), (33, 20, 3, 3), (2, 5, 1, 1), (3, 1, 5)]
@@ -31,11 +34,11 @@ def expected_weight(theta, noise, scale):
     return value.flatten(2).transpose(1, 2).contiguous() if theta.ndim > 2 else value[:, None]
 
 
-def run(theta, *, draws, name="gaussian", first=0, dtype=torch.float32, **options):
+def run(theta, *, draws, name="gaussian", first=0, antithetic=False, dtype=torch.float32, **options):
     rows, channels = theta.shape[:2]
     out = torch.full((draws, rows, theta[0, 0].numel(), channels), torch.nan, dtype=dtype)
-    common = {"std": STD, "tensor": TENSOR, "family": families[name], "seed": SEED}
-    perturb_weight(theta, out, first=first, draws=draws, **common | options)
+    which = Draws(first=first, count=draws, seed=SEED, antithetic=antithetic)
+    perturb_weight(theta, out, **{"std": STD, "tensor": TENSOR, "family": families[name], "which": which} | options)
     return out
 
 
@@ -75,7 +78,7 @@ def test_rank1(shape):
     theta, draws = random(*shape), 3
     a, b = random(draws, shape[0], seed=1), random(draws, theta[0].numel(), seed=2)
     scale = random(draws, shape[0], seed=3)
-    out = run(theta, draws=draws, structure="rank1", factors=(a, b), scale=scale, antithetic=True)
+    out = run(theta, draws=draws, name="rank1", factors=(a, b), scale=scale, antithetic=True)
     for j in range(draws):
         noise = (a[j][:, None] * b[j]).reshape(shape)
         assert torch.equal(out[j], expected_weight(theta, noise, scale[j]))
@@ -86,7 +89,8 @@ def test_rank1(shape):
 def test_flipout(name, shape):
     theta, draws = random(*shape), 3
     s_out, s_in = random(draws, shape[0], seed=1).sign(), random(draws, shape[1], seed=2).sign()
-    out = run(theta, draws=draws, first=4, name=name, structure="flipout", factors=(s_out, s_in), antithetic=True)
+    family = replace(families[name], structure="flipout")
+    out = run(theta, draws=draws, first=4, family=family, factors=(s_out, s_in), antithetic=True)
     base = noise_of(theta, name, 0)
     for j in range(draws):
         signs = by_row(s_out[j], theta) * s_in[j].reshape(1, -1, *[1] * (theta.ndim - 2))
@@ -118,8 +122,8 @@ def expected_input(images, name, k, antithetic):
 def test_input_is_that_of_torch(name, shape, antithetic):
     images = random(*shape).sigmoid()
     out = perturb_input(
-        images, sigma=0.1, family=families[name], first=1, draws=3, seed=SEED, antithetic=antithetic,
-        images_per_program=2,
+        images, sigma=0.1, family=families[name], images_per_program=2,
+        which=Draws(first=1, count=3, seed=SEED, antithetic=antithetic),
     )  # fmt: skip
     assert torch.equal(out, torch.cat([expected_input(images, name, 1 + j, antithetic) for j in range(3)]))
     assert out.is_contiguous(memory_format=torch.channels_last)
@@ -127,7 +131,7 @@ def test_input_is_that_of_torch(name, shape, antithetic):
 
 def test_noisy_pixels_are_clamped():
     images = random(2, 1, 9, 9).sigmoid().round()
-    out = perturb_input(images, sigma=0.5, family=families["gaussian"], first=0, draws=1, seed=1)
+    out = perturb_input(images, sigma=0.5, family=families["gaussian"], which=Draws(first=0, count=1, seed=1))
     assert out.min() == 0
     assert out.max() == 1
     assert ((out > 0) & (out < 1)).any()
@@ -135,13 +139,17 @@ def test_noisy_pixels_are_clamped():
 
 def test_input_chunks_blocks_and_types():
     images = random(5, 3, 9, 11).sigmoid()
-    options = {"sigma": 0.1, "family": families["gaussian"], "seed": SEED, "antithetic": True}
-    whole = perturb_input(images, first=0, draws=5, **options)
-    pieces = [perturb_input(images, first=f, draws=d, **options) for f, d in [(0, 1), (1, 2), (3, 2)]]
+
+    def run_input(first, count, **changes):
+        which = Draws(first=first, count=count, seed=SEED, antithetic=True)
+        return perturb_input(images, sigma=0.1, family=families["gaussian"], which=which, **changes)
+
+    whole = run_input(0, 5)
+    pieces = [run_input(first, count) for first, count in [(0, 1), (1, 2), (3, 2)]]
     assert torch.equal(torch.cat(pieces), whole)
-    assert torch.equal(perturb_input(images, first=0, draws=5, block=2048, images_per_program=1, **options), whole)
+    assert torch.equal(run_input(0, 5, block=2048, images_per_program=1), whole)
     for dtype in (torch.bfloat16, torch.float16):
-        assert torch.equal(perturb_input(images, first=0, draws=5, dtype=dtype, **options), whole.to(dtype))
+        assert torch.equal(run_input(0, 5, dtype=dtype), whole.to(dtype))
 
 
 @pytest.mark.parametrize(
@@ -157,20 +165,20 @@ def test_input_chunks_blocks_and_types():
         (random(4, 6).to("meta"), torch.empty(1, 4, 1, 6), {}, "theta is on meta"),
         (random(4, 6), torch.empty(1, 4, 1, 6), {"scale": torch.ones(4)}, "scale has shape"),
         (random(4, 6), torch.empty(1, 4, 1, 6), {"scale": torch.ones(1, 4).double()}, "scale is float64"),
-        (random(4, 6), torch.empty(1, 4, 1, 6), {"structure": "rank2"}, "rank1"),
-        (random(4, 6), torch.empty(1, 4, 1, 6), {"structure": "rank1"}, "factors"),
+        (random(4, 6), torch.empty(1, 4, 1, 6), {"tensor": 1 << 32}, "tensor"),
+        (random(4, 6), torch.empty(1, 4, 1, 6), {"family": families["rank1"]}, "factors"),
         (random(4, 6), torch.empty(1, 4, 1, 6), {"family": families["flipout"]}, "factors"),
         (random(4, 6), torch.empty(1, 4, 1, 6), {"factors": (torch.ones(1, 4), torch.ones(1, 6))}, "factors"),
         (
             random(4, 6),
             torch.empty(1, 4, 1, 6),
-            {"structure": "flipout", "factors": (torch.ones(1, 4), torch.ones(1, 5))},
+            {"family": families["flipout"], "factors": (torch.ones(1, 4), torch.ones(1, 5))},
             "right_factor has shape",
         ),
     ],
 )
 def test_bad_weight_input(theta, out, change, message):
-    good = {"std": 1.0, "tensor": 0, "family": families["gaussian"], "first": 0, "draws": 1, "seed": 0}
+    good = {"std": 1.0, "tensor": 0, "family": families["gaussian"], "which": Draws(first=0, count=1, seed=0)}
     with pytest.raises(InputError, match=message):
         perturb_weight(theta, out, **good | change)
 
@@ -183,11 +191,10 @@ def test_bad_weight_input(theta, out, change, message):
         (random(2, 3, 4, 4).double(), {}, "images is float64"),
         (random(2, 3, 4, 4).to(memory_format=torch.channels_last), {}, "not contiguous"),
         (random(2, 3, 4, 4), {"dtype": torch.float64}, "dtype"),
-        (random(2, 3, 4, 4), {"draws": 0}, "draws"),
         (random(2, 3, 4, 4), {"family": families["rank1"]}, "rank1"),
     ],
 )
 def test_bad_images(images, change, message):
-    good = {"sigma": 0.1, "family": families["gaussian"], "first": 0, "draws": 1, "seed": 0}
+    good = {"sigma": 0.1, "family": families["gaussian"], "which": Draws(first=0, count=1, seed=0)}
     with pytest.raises(InputError, match=message):
         perturb_input(images, **good | change)

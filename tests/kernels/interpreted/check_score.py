@@ -6,7 +6,7 @@ from kernel_reference import naive_divergence
 
 from smi_kernels.divergences import Divergence, divergences
 from smi_kernels.errors import InputError
-from smi_kernels.triton.score_logits import score_logits
+from smi_kernels.ops.score_logits.kernel import score_logits
 
 NAMES = ["cross_entropy", "flip", "kl", "margin", "total_variation"]
 

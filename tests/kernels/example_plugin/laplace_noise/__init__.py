@@ -12,7 +12,7 @@ from smi_kernels import Divergence, Epilogue, Family
 from smi_kernels.divergences import divergences
 from smi_kernels.epilogues import epilogues
 from smi_kernels.noise import families
-from smi_kernels.philox import uniform
+from smi_kernels.noise.philox import uniform
 
 
 def laplace(words):

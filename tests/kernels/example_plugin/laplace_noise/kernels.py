@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from smi_kernels.triton.noise import uniform
+from smi_kernels.noise.triton import uniform
 
 
 @triton.jit

@@ -1,0 +1,1 @@
+"""Perturbed images, for several draws."""

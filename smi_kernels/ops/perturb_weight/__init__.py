@@ -1,0 +1,1 @@
+"""Perturbed weights of one layer, for several draws."""

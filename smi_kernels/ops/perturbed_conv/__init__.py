@@ -1,0 +1,1 @@
+"""A convolution under several draws, whose weights are given or expanded from signs inside the product."""

@@ -1,0 +1,1 @@
+"""From the logits of all draws to scores."""

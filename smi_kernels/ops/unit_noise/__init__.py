@@ -1,0 +1,1 @@
+"""Unit noise for given counters."""

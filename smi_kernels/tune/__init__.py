@@ -1,0 +1,1 @@
+"""What was measured on a GPU, what is chosen by it, and the command that measures."""
