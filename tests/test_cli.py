@@ -19,7 +19,8 @@ import smi.models.suspects
 import smi.pipeline
 import smi.priors.base
 import smi.runtime.unfinished
-from smi.cli.main import PER_CLASS, cli
+from smi.cli.main import cli
+from smi.cli.options import PER_CLASS
 from smi.defenses import IBAU, Erasure
 from smi.detection import Detector
 from smi.erasure import Search

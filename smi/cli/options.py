@@ -17,6 +17,7 @@ from smi.runtime.threads import limit_threads, usable_cores, use_threads
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 PRECISIONS = ["auto", "float32", "bfloat16", "float16"]  # smi.runtime.compute.PRECISIONS, without torch
+PER_CLASS = 30  # reconstructions of a class
 NOT_OURS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
 
 
