@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
@@ -15,9 +15,11 @@ from tiny import noise, tiny_model
 
 from smi.cli import cli
 from smi.compute import asked_precision
+from smi.defenses import defenses
 from smi.domains import Domain, PrivateData, PrivateSet, PublicImages, load_domain, public_classes
 from smi.errors import InputError
 from smi.files import load_tensors
+from smi.sources import sources
 from smi.study import Store, load_study, read_rows, run_study, stages, summarise
 from smi.study.plot import plot_rates
 from smi.study.results import as_csv, as_markdown, compare, from_csv, outcome, stored
@@ -44,6 +46,53 @@ def test_keys_depend_on_the_configuration_alone(small, tmp_path):
     assert {cell.key for cell in load_study(other).cells} == keys
     other.write_text(SMALL.replace("epochs = 2", "epochs = 3"))
     assert not {cell.key for cell in load_study(other).cells} & keys
+
+
+def keys(file):
+    return [(cell.victim_key, cell.samples_key, cell.key) for cell in load_study(file).cells]
+
+
+def test_a_new_setting_that_is_off_makes_no_other_cells_and_one_that_is_on_does(small, monkeypatch):
+    before = keys(small)
+
+    @dataclass(frozen=True, kw_only=True)
+    class More(defenses["ft"]):
+        extra: float = 0.0
+
+    monkeypatch.setitem(defenses._items, "ft", More)
+    assert keys(small) == before
+    small.write_text(small.read_text() + "\n[defense.ft]\nextra = 1.0\n")
+    after = keys(small)
+    with_ft = [cell.defense_name == "ft" for cell in load_study(small).cells]
+    assert [new[2] != old[2] for old, new in zip(before, after, strict=True)] == with_ft
+    assert [pair[:2] for pair in after] == [pair[:2] for pair in before]
+
+
+def test_a_setting_that_says_the_default_is_the_default(small):
+    before = keys(small)
+    small.write_text(small.read_text().replace("[train]", '[train]\naugment = "affine"\nlr = 0.1'))
+    assert keys(small) == before
+    small.write_text(small.read_text().replace("lr = 0.1", "lr = 0.2"))
+    assert not set(sum(keys(small), ())) & set(sum(before, ()))
+
+
+def test_a_version_that_is_raised_makes_other_cells_of_what_depends_on_it(small, monkeypatch):
+    cells, before = load_study(small).cells, keys(small)
+
+    def changed():
+        return [[new != old for old, new in zip(*pair, strict=True)] for pair in zip(before, keys(small), strict=True)]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(defenses["ft"], "version", 2)
+        assert changed() == [[False, False, cell.defense_name == "ft"] for cell in cells]
+        assert load_study(small).cells[0].config["defense"]["version"] == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(type(cells[0].attack), "version", 2)
+        assert changed() == [[cell.attack_name == cells[0].attack_name] * 3 for cell in cells]
+    with monkeypatch.context() as patch:
+        patch.setitem(sources._items, "smi", replace(sources["smi"], version=2))
+        assert changed() == [[False, cell.source == "smi", cell.source == "smi"] for cell in cells]
+    assert keys(small) == before
 
 
 def test_the_shipped_studies_load():
