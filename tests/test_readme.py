@@ -81,7 +81,7 @@ def study_table(rows: Sequence[Row]) -> str:
 def kept_rows(name: str, cells: int) -> list[Row]:
     """The rows of a committed table, which are those of the cells beside it."""
     kept = (RESULTS / f"{name}.csv").read_text()
-    found = as_csv(row for _, row in stored(RESULTS / f"{name}"))
+    found = as_csv(row for _, row in stored(RESULTS / f"{name}.jsonl"))
     assert sorted(found.splitlines()) == sorted(kept.splitlines())
     rows = from_csv(kept)
     assert len(rows) == cells
@@ -237,7 +237,9 @@ def fresh_table(studies: dict[str, list[Row]]) -> str:
         "|---" * 7 + "|",
     ]
     for name, rows in studies.items():
-        assert {config["defense"]["solver"]["forget"] for config, _ in stored(RESULTS / name)} == {FRESH[name]}
+        assert {cell["config"]["defense"]["solver"]["forget"] for cell, _ in stored(RESULTS / f"{name}.jsonl")} == {
+            FRESH[name]
+        }
         by = {(row["attack"], row["source"]): row for row in summarise(rows, ("attack", "source"))}
         for found in sorted(summarise(rows, ("source",)), key=lambda row: -row["der"]):
             rates = [f"{100 * found[rate]:.1f} ({100 * found[f'worst_{rate}']:.1f})" for rate in ("acc", "asr", "der")]
@@ -324,7 +326,7 @@ def test_what_is_said_of_colour() -> None:
     assert {found.cells for found in (below, *ahead)} == {12}
     said += [f"by {interval(found)}" for found in ahead]
     said.append(f"SMI is {100 * below.mean:.1f} below clean samples")
-    deep = [row for _, row in stored(RESULTS / "resnet18")]
+    deep = [row for _, row in stored(RESULTS / "resnet18.jsonl")]
     assert {row["source"] for row in deep} == {"none"}
     left = sorted(100 * row["asr"] for row in deep)
     said.append(f"CLP leaves {left[0]:.0f} % of the watermark and {left[1]:.0f} to {left[-1]:.0f} % of the others")
@@ -343,7 +345,7 @@ def test_what_the_readme_says_of_the_former_detection() -> None:
 
 
 def test_the_analysis_is_that_of_the_committed_cells_and_what_is_said_of_it() -> None:
-    rows = stored_analysis(RESULTS / "digits")
+    rows = stored_analysis(RESULTS / "digits.jsonl")
     kept = (RESULTS / "digits_analysis.csv").read_text()
     rows.sort(
         key=lambda row: kept.index(as_csv([row], ANALYSIS_COLUMNS).partition("\n")[2])

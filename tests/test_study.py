@@ -22,7 +22,7 @@ from smi.files import load_tensors
 from smi.sources import sources
 from smi.study import Store, load_study, read_rows, run_study, stages, summarise
 from smi.study.plot import plot_rates
-from smi.study.results import as_csv, as_markdown, compare, from_csv, outcome, stored
+from smi.study.results import as_csv, as_markdown, compare, from_csv, stored
 from smi.study.spec import shipped
 
 
@@ -193,13 +193,6 @@ def test_damaged_files_of_the_cache_are_made_again(small, store, monkeypatch):
     assert [file.stat().st_mtime_ns for file in files.values()] == stamps, "what is whole stays"
 
 
-def test_a_file_that_is_not_whole_counts_as_missing(small, store):
-    study = load_study(small)
-    store.results.mkdir()
-    store.cell(study.cells[0]).write_text('{"config": ')
-    assert outcome(store.cell(study.cells[0])) == "missing"
-
-
 def rows():
     base = {"domain": "d", "source": "smi", "defense": "ibau", "n": 3, "acc_before": 0.98, "asr_before": 1.0,
             "seconds": 1.0}  # fmt: skip
@@ -286,13 +279,17 @@ def test_the_commands(small, store, tmp_path):
     rows = read_rows(load_study(small), store)
     assert len(rows) == 16
     small.unlink()
-    store.results.joinpath("damaged.json").write_text("{")
-    assert sorted(map(str, rows)) == sorted(str(row) for _, row in stored(store.results)), "without the study's file"
+    found = store.results / "small.jsonl"
+    found.write_text(found.read_text() + '{"key": ')
+    assert sorted(map(str, rows)) == sorted(str(row) for _, row in stored(found)), "without the study's file"
     picture.unlink()
-    assert runner.invoke(cli, ["study", "plot", str(store.results), str(picture), "--defense", "ibau"]).exit_code == 0
+    assert runner.invoke(cli, ["study", "plot", str(found), str(picture), "--defense", "ibau"]).exit_code == 0
     assert picture.stat().st_size > 1000
-    found = runner.invoke(cli, ["study", "table", str(store.results), "--by", "source"])
-    assert "| smi | 8 |" in found.output
+    shown = runner.invoke(cli, ["study", "table", str(found), "--by", "source"])
+    assert "| smi | 8 |" in shown.output
+    refused = runner.invoke(cli, ["study", "table", str(store.results)])
+    assert refused.exit_code == 2
+    assert f"Name a study, or a file {store.results}/NAME.jsonl" in refused.output
 
 
 def test_the_quick_study_from_victims_to_table(tmp_path):
