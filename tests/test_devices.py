@@ -170,7 +170,8 @@ def test_a_study(there, tmp_path, monkeypatch, attack, source):
         victim = stages.make_victim(cell, store)
         samples = stages.make_cell_samples(cell, store, victim, "digits" if cell.needs_prior else None)
         record = json.loads(json.dumps(stages.run_cell(cell, store, victim, samples)))
-        assert (record["device"], record["precision"], record["threads"]) == (device, "auto", 1)
+        assert (record["device"], record["precision"]) == (device, "auto")
+        assert record["threads"] >= 1
         assert record["versions"].get("device") == (None if device == "cpu" else device)
         tensors = stages.load_tensors(victim, "victim")[0] | stages.load_tensors(samples, "samples")[0]
         made[device] = tensors, record["before"], record["after"]

@@ -71,6 +71,18 @@ def test_what_a_worker_finished_before_the_run_was_killed_gets_its_line_from_the
     assert [path.name for path in store.results.iterdir()] == ["small.jsonl"]
 
 
+def test_a_cell_is_seen_whenever_one_looks_while_it_gets_its_line(small, store, monkeypatch):
+    study = load_study(small)
+    record = once(store.running, study.cells[0].key, lambda: names_of(study.cells[0]) | {"n": 1})
+    monkeypatch.setattr("smi.study.results.read", lambda file: smi.study.run._add(record, study, store) or read(file))
+    assert status(study, store)["done"] == 1
+    monkeypatch.undo()
+    once(store.running, "gone", lambda: {"key": "gone"})
+    glob = type(store.running).glob
+    monkeypatch.setattr(type(store.running), "glob", lambda *a: [(f, f.unlink())[0] for f in list(glob(*a))])
+    assert status(study, store)["done"] == 1
+
+
 def test_a_cell_that_lies_in_its_file_is_not_computed_again(tmp_path):
     made = once(tmp_path / "running", "a", lambda: {"key": "a", "n": 1})
     assert once(tmp_path / "running", "a", lambda: pytest.fail("again")) == made == {"key": "a", "n": 1}

@@ -18,6 +18,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +88,12 @@ def once(folder: Path, key: str, compute: Callable[[], Record]) -> Record:
 
 def waiting(folder: Path) -> dict[str, Record]:
     """What `once` has written to a folder, by key."""
-    found = (_record(file.read_bytes()) for file in folder.glob("*.json"))
-    return {record["key"]: record for record in found if record is not None}
+    found: dict[str, Record] = {}
+    for file in folder.glob("*.json"):
+        with suppress(FileNotFoundError):  # it has its line by now
+            if record := _record(file.read_bytes()):
+                found[record["key"]] = record
+    return found
 
 
 def _line(record: Record) -> bytes:

@@ -27,7 +27,8 @@ Row = dict[str, Any]
 def known(study: Study, store: Store) -> dict[str, Record]:
     """The records of a study by key, those that have no line yet among them."""
     keys = {cell.key for cell in study.cells}
-    return read(store.found(study)) | {key: found for key, found in waiting(store.running).items() if key in keys}
+    late = {key: record for key, record in waiting(store.running).items() if key in keys}
+    return read(store.found(study)) | late  # in this order: a cell has its line before its file goes
 
 
 def outcome(cell: Cell, records: Mapping[str, Record]) -> str:
