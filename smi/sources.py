@@ -62,11 +62,13 @@ class Source:
         label: For tables.
         make: Does it.
         needs_prior: Whether it looks at the prior.
+        version: Raised by hand when the numbers change that it gives; an inversion has its own.
     """
 
     label: str
     make: Callable[[Given], Samples]
     needs_prior: bool = True
+    version: int = 1
 
 
 sources: Registry[Source] = Registry("source")
@@ -109,21 +111,21 @@ def _random(given: Given) -> Samples:
     return _labelled(given.model, images, "random")
 
 
-def _inverted(method: Inversion, selection: Selection | None = None) -> Callable[[Given], Samples]:
+def _inversion(label: str, method: Inversion, selection: Selection | None = None) -> Source:
     def make(given: Given) -> Samples:
         prior = given.own_prior
         return invert(given.model, prior, method, per_class=given.per_class, selection=selection, seed=given.seed)
 
-    return make
+    return Source(label, make, version=method.version)
 
 
 sources.add("clean", Source("clean samples (control)", _clean, needs_prior=False))
 sources.add("public", Source("public images, pseudo-labels", _public, needs_prior=False))
 sources.add("random", Source("random generator samples, pseudo-labels", _random))
-sources.add("pixel", Source("pixel inversion", _inverted(Pixel())))
-sources.add("deepinversion", Source("DeepInversion", _inverted(DeepInversion())))
-sources.add("latent", Source("latent inversion, no stability", _inverted(Latent())))
+sources.add("pixel", _inversion("pixel inversion", Pixel()))
+sources.add("deepinversion", _inversion("DeepInversion", DeepInversion()))
+sources.add("latent", _inversion("latent inversion, no stability", Latent()))
 # The ablations leave one side out of the search and of the selection alike.
-sources.add("input", Source("stable input only", _inverted(Stabilized(lambda_w=0.0), Selection(sigma_w=0.0))))
-sources.add("parameter", Source("stable parameters only", _inverted(Stabilized(lambda_x=0.0), Selection(sigma_x=0.0))))
-sources.add("smi", Source("SMI, no clean data", _inverted(Stabilized(), Selection())))
+sources.add("input", _inversion("stable input only", Stabilized(lambda_w=0.0), Selection(sigma_w=0.0)))
+sources.add("parameter", _inversion("stable parameters only", Stabilized(lambda_x=0.0), Selection(sigma_x=0.0)))
+sources.add("smi", _inversion("SMI, no clean data", Stabilized(), Selection()))

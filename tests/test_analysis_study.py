@@ -2,7 +2,6 @@
 
 import csv
 import itertools
-import json
 import math
 
 import numpy as np
@@ -23,8 +22,10 @@ from smi.analysis.study import sample_sets, stored_analysis
 from smi.cli.main import cli
 from smi.errors import InputError
 from smi.models.classifiers import build_classifier
-from smi.runtime.files import save_tensors, write_atomic
+from smi.runtime.files import save_tensors
 from smi.study import Store, load_study
+from smi.study.records import append
+from smi.study.stages import names_of
 
 
 def rng(seed=0):
@@ -77,11 +78,11 @@ def studied(tmp_path_factory):
             save_tensors(store.kept("samples", cell.samples_key), {"images": images, "labels": torch.arange(12) % 3},
                          {"kind": "samples", "num_classes": 3, "seconds": 1.0})  # fmt: skip
         after = {"acc": 0.8 + index / 100, "asr": 0.1, "ra": 0.5, "der": 0.9}
-        record = {"config": cell.config, "n": 12, "before": before, "after": after,
-                  "seconds": {"samples": 1.0, "repair": 1.0}}  # fmt: skip
+        record = names_of(cell) | {"n": 12, "before": before, "after": after,
+                                   "seconds": {"samples": 1.0, "repair": 1.0}}  # fmt: skip
         done = not (cell.source == "clean" and cell.defense_name == "erasure" and cell.attack_name == "blended")
         if done:
-            write_atomic(store.cell(cell), json.dumps(record))
+            append(store.found(study), record)
     return study, store, folder
 
 
@@ -109,7 +110,7 @@ def test_a_study_is_analysed_from_what_is_there(studied):
     assert len(list((store.cache / "judges").iterdir())) == 1  # one seed, one place
     elsewhere = Store(store.results, folder / "another cache")
     assert analyse(study, elsewhere) == rows, "what was measured needs no samples again"
-    assert sorted(map(str, stored_analysis(store.results))) == sorted(map(str, rows)), "nor the study's file"
+    assert sorted(map(str, stored_analysis(store.found(study)))) == sorted(map(str, rows)), "nor the study's file"
     for name in ("score_joint", "score_input", "score_parameter", "frechet", "nearest"):
         assert all(math.isfinite(row[name]) and row[name] >= 0 for row in rows), name
     assert {row["score_input"] for row in rows} != {row["score_joint"] for row in rows}

@@ -17,6 +17,7 @@ from smi.erasure import ANYWHERE, Scan, Search
 from smi.errors import InputError
 from smi.models.classifiers import TrainConfig, train_classifier
 from smi.report.removal import detection_verdict, removal_page, removal_verdict
+from smi.study.records import read
 
 QUICK = Detector(search=Search(families=("additive",), steps=2, restarts=1))
 SOME = Samples(noise(20, 1, 8, 8), torch.arange(20) % 3, 3, "smi")
@@ -149,6 +150,6 @@ def test_a_study_of_it_is_kept_beside_the_cells(small, store, monkeypatch):
     assert all(",none," in row for row in rows)  # there are no victims yet
     assert all(row.endswith(",0,other") for row in rows)
     assert "victims were not ready" in done.output
-    assert len(list((store.results / "detections").iterdir())) == len(rows)
+    assert len(read(store.results / "small.detections.jsonl")) == len(rows)
     refused = CliRunner().invoke(cli, ["study", "detect", str(small), *where, "--csv", str(csv)])
     assert refused.exit_code == 2

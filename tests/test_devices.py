@@ -4,7 +4,6 @@ The device is a stand-in (`elsewhere`) with the arithmetic of the CPU, so that r
 """
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -170,7 +169,9 @@ def test_a_study(there, tmp_path, monkeypatch, attack, source):
         store.results.mkdir()
         victim = stages.make_victim(cell, store)
         samples = stages.make_cell_samples(cell, store, victim, "digits" if cell.needs_prior else None)
-        record = json.loads(Path(stages.run_cell(cell, store, victim, samples)).read_text())
+        record = json.loads(json.dumps(stages.run_cell(cell, store, victim, samples)))
+        assert (record["device"], record["precision"]) == (device, "auto")
+        assert record["threads"] >= 1
         assert record["versions"].get("device") == (None if device == "cpu" else device)
         tensors = stages.load_tensors(victim, "victim")[0] | stages.load_tensors(samples, "samples")[0]
         made[device] = tensors, record["before"], record["after"]

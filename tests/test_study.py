@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
@@ -14,13 +14,15 @@ from study_pieces import SMALL
 from tiny import noise, tiny_model
 
 from smi.cli.main import cli
+from smi.defenses import defenses
 from smi.domains import Domain, PrivateData, PrivateSet, PublicImages, load_domain, public_classes
 from smi.errors import InputError
 from smi.plotting.study import plot_rates
 from smi.runtime.compute import asked_precision
 from smi.runtime.files import load_tensors
+from smi.sources import sources
 from smi.study import Store, load_study, read_rows, run_study, stages, summarise
-from smi.study.results import as_csv, as_markdown, compare, from_csv, outcome, stored
+from smi.study.results import as_csv, as_markdown, compare, from_csv, stored
 from smi.study.spec import shipped
 
 
@@ -44,6 +46,53 @@ def test_keys_depend_on_the_configuration_alone(small, tmp_path):
     assert {cell.key for cell in load_study(other).cells} == keys
     other.write_text(SMALL.replace("epochs = 2", "epochs = 3"))
     assert not {cell.key for cell in load_study(other).cells} & keys
+
+
+def keys(file):
+    return [(cell.victim_key, cell.samples_key, cell.key) for cell in load_study(file).cells]
+
+
+def test_a_new_setting_that_is_off_makes_no_other_cells_and_one_that_is_on_does(small, monkeypatch):
+    before = keys(small)
+
+    @dataclass(frozen=True, kw_only=True)
+    class More(defenses["ft"]):
+        extra: float = 0.0
+
+    monkeypatch.setitem(defenses._items, "ft", More)
+    assert keys(small) == before
+    small.write_text(small.read_text() + "\n[defense.ft]\nextra = 1.0\n")
+    after = keys(small)
+    with_ft = [cell.defense_name == "ft" for cell in load_study(small).cells]
+    assert [new[2] != old[2] for old, new in zip(before, after, strict=True)] == with_ft
+    assert [pair[:2] for pair in after] == [pair[:2] for pair in before]
+
+
+def test_a_setting_that_says_the_default_is_the_default(small):
+    before = keys(small)
+    small.write_text(small.read_text().replace("[train]", '[train]\naugment = "affine"\nlr = 0.1'))
+    assert keys(small) == before
+    small.write_text(small.read_text().replace("lr = 0.1", "lr = 0.2"))
+    assert not set(sum(keys(small), ())) & set(sum(before, ()))
+
+
+def test_a_version_that_is_raised_makes_other_cells_of_what_depends_on_it(small, monkeypatch):
+    cells, before = load_study(small).cells, keys(small)
+
+    def changed():
+        return [[new != old for old, new in zip(*pair, strict=True)] for pair in zip(before, keys(small), strict=True)]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(defenses["ft"], "version", 2)
+        assert changed() == [[False, False, cell.defense_name == "ft"] for cell in cells]
+        assert load_study(small).cells[0].config["defense"]["version"] == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(type(cells[0].attack), "version", 2)
+        assert changed() == [[cell.attack_name == cells[0].attack_name] * 3 for cell in cells]
+    with monkeypatch.context() as patch:
+        patch.setitem(sources._items, "smi", replace(sources["smi"], version=2))
+        assert changed() == [[False, cell.source == "smi", cell.source == "smi"] for cell in cells]
+    assert keys(small) == before
 
 
 def test_the_shipped_studies_load():
@@ -144,13 +193,6 @@ def test_damaged_files_of_the_cache_are_made_again(small, store, monkeypatch):
     assert [file.stat().st_mtime_ns for file in files.values()] == stamps, "what is whole stays"
 
 
-def test_a_file_that_is_not_whole_counts_as_missing(small, store):
-    study = load_study(small)
-    store.results.mkdir()
-    store.cell(study.cells[0]).write_text('{"config": ')
-    assert outcome(store.cell(study.cells[0])) == "missing"
-
-
 def rows():
     base = {"domain": "d", "source": "smi", "defense": "ibau", "n": 3, "acc_before": 0.98, "asr_before": 1.0,
             "seconds": 1.0}  # fmt: skip
@@ -237,13 +279,17 @@ def test_the_commands(small, store, tmp_path):
     rows = read_rows(load_study(small), store)
     assert len(rows) == 16
     small.unlink()
-    store.results.joinpath("damaged.json").write_text("{")
-    assert sorted(map(str, rows)) == sorted(str(row) for _, row in stored(store.results)), "without the study's file"
+    found = store.results / "small.jsonl"
+    found.write_text(found.read_text() + '{"key": ')
+    assert sorted(map(str, rows)) == sorted(str(row) for _, row in stored(found)), "without the study's file"
     picture.unlink()
-    assert runner.invoke(cli, ["study", "plot", str(store.results), str(picture), "--defense", "ibau"]).exit_code == 0
+    assert runner.invoke(cli, ["study", "plot", str(found), str(picture), "--defense", "ibau"]).exit_code == 0
     assert picture.stat().st_size > 1000
-    found = runner.invoke(cli, ["study", "table", str(store.results), "--by", "source"])
-    assert "| smi | 8 |" in found.output
+    shown = runner.invoke(cli, ["study", "table", str(found), "--by", "source"])
+    assert "| smi | 8 |" in shown.output
+    refused = runner.invoke(cli, ["study", "table", str(store.results)])
+    assert refused.exit_code == 2
+    assert f"Name a study, or a file {store.results}/NAME.jsonl" in refused.output
 
 
 def test_the_quick_study_from_victims_to_table(tmp_path):

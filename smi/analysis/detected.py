@@ -1,7 +1,7 @@
 """How well `smi.detect` tells a study's victims from clean models, by reconstructions: one row a model.
 
 Clean models are the classifiers of the same data and architecture that a study trains for its attacks and its judges.
-What is found is kept beside the cells, in the folder ``detections``.
+What is found is kept beside the cells, in ``NAME.detections.jsonl``.
 """
 
 from __future__ import annotations
@@ -9,18 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from smi.analysis.study import JUDGE_SEED, clean_judge, kept_row
+from smi.analysis.study import JUDGE_SEED, clean_judge
 from smi.detection import Detection, Detector, detect
 from smi.domains import Domain, load_domain
 from smi.erasure import ANYWHERE
 from smi.priors.base import load_prior
 from smi.runtime.progress import track
 from smi.sources import Given, make_samples
+from smi.study.records import Measured, tidy
 from smi.study.results import Row
 from smi.study.spec import Cell, Study, digest
 from smi.study.stages import Store, clean_classifier, is_whole, load_victim, make_prior
@@ -60,8 +60,8 @@ class _Model:
 
     @property
     def key(self) -> str:
-        """Names its file."""
-        which = {"place": self.cell.place.config, "clean": self.clean}
+        """Names it: the same for the same model, samples and search."""
+        which = {"place": self.cell.place.identity, "clean": self.clean}
         what: dict[str, Any] = which if self.clean else {"victim": self.cell.victim_key}
         per_class = self.cell.per_class
         return digest(what | {"seed": self.seed, "per_class": per_class, "detector": asdict(CONFIG)})
@@ -69,12 +69,12 @@ class _Model:
 
 def detections(study: Study, store: Store) -> tuple[list[Row], int]:
     """Rows of `DETECTION_COLUMNS`, and how many victims of the study are neither in the cache nor measured."""
-    models = list(_models(study))
-    ready = [model for model in models if model.clean or _file(model, store).exists() or _whole(model, store)]
+    models, kept = list(_models(study)), Measured(store.found(study, "detections"), DETECTION_COLUMNS)
+    ready = [model for model in models if model.clean or model.key in kept or _whole(model, store)]
     rows = [
-        kept_row(_file(model, store), DETECTION_COLUMNS, partial(_measure, model, store))
-        for model in track(ready, f"detection of {study.name}")
+        kept.row(model.key, partial(_measure, model, store)) for model in track(ready, f"detection of {study.name}")
     ]
+    tidy(kept.file)
     return rows, len(models) - len(ready)
 
 
@@ -93,10 +93,6 @@ def _models(study: Study) -> Iterator[_Model]:
 
 def _whole(model: _Model, store: Store) -> bool:
     return is_whole(store.kept("victims", model.cell.victim_key), "victim")
-
-
-def _file(model: _Model, store: Store) -> Path:
-    return store.results / "detections" / f"{model.key}.json"
 
 
 def _measure(model: _Model, store: Store) -> Row:

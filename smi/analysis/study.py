@@ -1,17 +1,16 @@
 """What the samples of a study are like, beside what removal with them achieved: one row a sample set and defense.
 
 Everything here is the evaluator's: the judge and the detectors are trained on private data, and nothing goes back to a
-defense. What is measured is kept beside the study's cells, in the folder ``analyses``: an analysis may be interrupted
+defense. What is measured is kept beside the study's cells, in ``NAME.analyses.jsonl``: an analysis may be interrupted
 and run again, also after the cache with the samples is gone.
 """
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,10 @@ from smi.domains import Domain, Samples, load_domain
 from smi.errors import InputError
 from smi.inversion.selection import Selection, score_samples
 from smi.models.classifiers import build_classifier, train_classifier
-from smi.runtime.files import load_tensors, save_tensors, write_atomic
+from smi.runtime.files import load_tensors, save_tensors
 from smi.runtime.progress import track
-from smi.study.results import COLUMNS, Row, outcome, read_rows, stored
+from smi.study.records import Measured, tidy
+from smi.study.results import COLUMNS, Row, known, outcome, read_rows, stored
 from smi.study.spec import NO_SAMPLES, Cell, Study, digest
 from smi.study.stages import Store, is_whole, load_victim
 
@@ -68,52 +68,36 @@ def sample_sets(study: Study, store: Store) -> SampleSets:
     for cell in study.cells:
         if cell.source != NO_SAMPLES:
             cells[cell.samples_key].append(cell)
+    records, measured = known(study, store), _measured(store.found(study))
     ready = []
-    for members in cells.values():
-        done = tuple(cell for cell in members if outcome(store.cell(cell)) == "done")
-        first = members[0]
-        kept = _samples(first, store).exists() and _victim(first, store).exists()
-        kept = kept or _measurements(first.samples_key, store.results).exists()
-        if kept and any(cell.defense_name == DEFENSE for cell in done):
+    for key, members in cells.items():
+        done = tuple(cell for cell in members if outcome(cell, records) == "done")
+        kept = _samples(members[0], store).exists() and _victim(members[0], store).exists()
+        if (kept or key in measured) and any(cell.defense_name == DEFENSE for cell in done):
             ready.append(done)
     return SampleSets(tuple(ready), len(cells) - len(ready))
 
 
 def analyse(study: Study, store: Store) -> list[Row]:
     """`ANALYSIS_COLUMNS` of each finished cell of the sets that are ready (`sample_sets` says how many are not)."""
-    rows = []
+    kept, rows = _measured(store.found(study)), []
     for cells in track(sample_sets(study, store).ready, f"analysis of {study.name}"):
-        measured = _kept_measurements(cells[0], store)
+        measured = kept.row(cells[0].samples_key, partial(_measure, cells[0], store))
         rows += [row | measured for row in read_rows(Study(study.name, cells), store)]
+    tidy(kept.file)
     return rows
 
 
-def stored_analysis(folder: Path) -> list[Row]:
-    """`ANALYSIS_COLUMNS` of the cells in ``folder``, of any study (`stored`), whose samples have been measured."""
-    rows = []
-    for config, row in stored(folder):
-        file = _measurements(digest({k: v for k, v in config.items() if k != "defense"}), folder)
-        if file.exists():
-            rows.append(row | kept_row(file, MEASURED, dict))
-    return rows
+def stored_analysis(file: Path) -> list[Row]:
+    """`ANALYSIS_COLUMNS` of the cells in ``file``, of any study (`stored`), whose samples have been measured."""
+    kept = _measured(file)
+    found = [(record["samples_key"], row) for record, row in stored(file)]
+    return [row | kept.row(key, dict) for key, row in found if key in kept]
 
 
-def _measurements(samples_key: str, folder: Path) -> Path:
-    return folder / "analyses" / f"{digest({'samples': samples_key, 'columns': MEASURED})}.json"
-
-
-def _kept_measurements(cell: Cell, store: Store) -> Row:
-    return kept_row(_measurements(cell.samples_key, store.results), MEASURED, lambda: _measure(cell, store))
-
-
-def kept_row(file: Path, columns: Sequence[str], measure: Callable[[], Row]) -> Row:
-    """What ``measure`` gives, from ``file`` once it has been measured; floats with six digits."""
-    if not file.exists():
-        rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in measure().items()}
-        file.parent.mkdir(exist_ok=True, parents=True)
-        write_atomic(file, json.dumps(rounded, indent=1, sort_keys=True) + "\n")
-    kept = json.loads(file.read_text(encoding="utf-8"))
-    return {name: kept[name] for name in columns}
+def _measured(cells: Path) -> Measured:
+    """What was measured of the samples of the study whose cells are in this file."""
+    return Measured(cells.with_suffix(".analyses.jsonl"), MEASURED)
 
 
 def _measure(cell: Cell, store: Store) -> Row:
@@ -122,7 +106,8 @@ def _measure(cell: Cell, store: Store) -> Row:
     samples = Samples(tensors["images"], tensors["labels"], meta["num_classes"], cell.source)
     domain = _domain(cell.place.domain, cell.place.public)
     alike = similarity(clean_judge(cell, store, domain), samples, domain.private.test)
-    values = {"frechet": alike.frechet, "nearest": alike.nearest, "judge_accuracy": alike.accuracy}
+    values: Row = {"domain": cell.place.domain, "attack": cell.attack_name, "source": cell.source, "seed": cell.seed}
+    values |= {"frechet": alike.frechet, "nearest": alike.nearest, "judge_accuracy": alike.accuracy}
     values |= _scores(model, samples, cell.seed)
     return values | _presence(_detector(cell, store, domain, attack), attack, samples, domain)
 

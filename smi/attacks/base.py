@@ -52,12 +52,14 @@ class Attack:
         target: The class that stamped images are sent to (mode "all_to_one").
         mode: "all_to_one", or "all_to_all", which sends class y to (y + 1) mod classes instead.
         fitted: Tensors that `fit` has optimised, by name; None before.
+        version: Raised by hand when the numbers change that the attack gives: studies then compute its cells again.
     """
 
     target: int = 0
     mode: str = "all_to_one"
     fitted: Mapping[str, Tensor] | None = field(default=None, repr=False, compare=False)
 
+    version: ClassVar[int] = 1
     rate: ClassVar[float] = 0.1  # share of the training images that are poisoned unless one asks for another
     needs_surrogate: ClassVar[bool] = False  # whether `fit` optimises against a classifier trained on clean images
 

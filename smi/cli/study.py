@@ -61,13 +61,19 @@ class Where:
         return chosen, Store(out.absolute(), cache.absolute())
 
     def rows(self) -> tuple[list[Any], list[str]]:
-        """The rows of the study, or of a folder of cells, and an order of their sources."""
+        """The rows of the study, or of a file of cells, and an order of their sources."""
+        from smi.errors import InputError
+        from smi.study.records import refuse_former
         from smi.study.results import read_rows, stored
         from smi.study.spec import shipped
 
-        if self.name not in shipped() and Path(self.name).is_dir():
-            rows = [row for _, row in stored(Path(self.name))]
+        file = Path(self.name)
+        if file.suffix == ".jsonl" and file.is_file():
+            rows = [row for _, row in stored(file)]
             return rows, [row["source"] for row in rows]
+        if self.name not in shipped() and file.is_dir():
+            refuse_former(file)
+            raise InputError(f"{file} is a folder. Name a study, or a file {file / 'NAME.jsonl'} of its cells.")
         chosen, store = self.open()
         return read_rows(chosen, store), [cell.source for cell in chosen.cells]
 
@@ -86,7 +92,7 @@ def located(command: Command) -> Command:
         click.option("--cache", type=click.Path(path_type=Path, file_okay=False),
                      help="Victims, priors and samples, shared by studies.  [default: ~/.cache/smi]"),
         click.option("--out", type=click.Path(path_type=Path, file_okay=False),
-                     help="One JSON a cell.  [default: study-NAME]"),
+                     help="Folder of NAME.jsonl, which has a line a cell.  [default: study-NAME]"),
         click.argument("name", metavar="STUDY"),
     ):  # fmt: skip
         prepared = option(prepared)
@@ -131,7 +137,7 @@ def run(
         done = count(chosen, store)["done"]
         click.echo(f"Stopped: {done} of {len(chosen)} cells are done. The same command goes on from there.", err=True)
         raise SystemExit(128 + stop.signal) from None
-    click.echo(f"{ran.finished} cells computed, {ran.before} were there, {ran.failed} failed: {store.results}")
+    click.echo(f"{ran.finished} cells computed, {ran.before} were there, {ran.failed} failed: {store.found(chosen)}")
     if ran.failed:
         for title, error in errors(chosen, store)[:5]:
             click.echo(f"failed: {title}: {error.partition(chr(10))[0]}", err=True)
@@ -162,7 +168,7 @@ def status(where: Where) -> None:
 def table(where: Where, csv_file: Path | None, by: tuple[str, ...], force: bool) -> None:
     """The finished cells as a Markdown table of means and worst values; with --csv all of them as rows.
 
-    In place of STUDY a folder with cells of any study may be named.
+    In place of STUDY a file NAME.jsonl with cells of any study may be named.
     """
     from smi.runtime.files import output_file, write_atomic
     from smi.study.results import as_csv, as_markdown, summarise
@@ -181,7 +187,7 @@ def table(where: Where, csv_file: Path | None, by: tuple[str, ...], force: bool)
 def plot(where: Where, picture: Path, defense: str, force: bool) -> None:
     """A picture (.png, .svg, .pdf) of the attack success left and the accuracy lost with one defense.
 
-    In place of STUDY a folder with cells of any study may be named.
+    In place of STUDY a file NAME.jsonl with cells of any study may be named.
     """
     from smi.errors import InputError
     from smi.plotting.study import plot_rates
@@ -252,3 +258,26 @@ def detect(where: Where, csv_file: Path, force: bool) -> None:
     rows, missing = detections(chosen, store)
     write_atomic(csv_file, as_csv(rows, DETECTION_COLUMNS))
     click.echo(f"wrote {csv_file}: {len(rows)} rows; {missing} victims were not ready")
+
+
+@study.command()
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False, exists=True))
+@click.option("--force", is_flag=True, help="Overwrite the files.")
+def convert(folder: Path, force: bool) -> None:
+    """Make FOLDER.jsonl of a FOLDER with a JSON file a cell, as former versions wrote it; the folder stays.
+
+    For `smi study table` and `smi study plot`. A study does not go on from such cells: it computes its own.
+
+    \b
+    Example:
+      smi study convert study-digits
+      smi study table study-digits.jsonl --by source
+    """
+    from smi.files import output_file
+    from smi.study.convert import convert as make
+
+    file = folder.absolute().with_name(f"{folder.absolute().name}.jsonl")
+    for path in (file, file.with_suffix(".analyses.jsonl")):
+        output_file(path, force=force)
+    cells, analyses = make(folder, file)
+    click.echo(f"wrote {file}: {cells} cells, {analyses} analyses")

@@ -83,9 +83,11 @@ class Defense:
     Attributes:
         name: For tables and records.
         needs_samples: Whether it needs samples; where not, `repair` takes None, too.
+        version: Raised by hand when the numbers change that the defense gives: studies then compute its cells again.
     """
 
     name = "defense"
+    version: ClassVar[int] = 1
     needs_samples: ClassVar[bool] = True
 
     def repair(

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -72,12 +72,14 @@ class Inversion:
     Attributes:
         steps: Adam steps.
         lr: Their rate, in units of the variable.
+        version: Raised by hand when the numbers change that the method gives: studies then make its samples again.
     """
 
     steps: int = 60
     lr: float = 0.1
 
     name = "inversion"
+    version: ClassVar[int] = 1
     joint = False  # whether a batch holds all classes, because its statistics are part of the objective
 
     def __post_init__(self) -> None:

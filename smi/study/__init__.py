@@ -1,7 +1,7 @@
-"""Studies: attacks × sources × defenses × domains × seeds, one file of results a cell, resumable, on Dask.
+"""Studies: attacks × sources × defenses × domains × seeds, one line of results a cell, resumable, on Dask.
 
-`spec` reads what is to be run, `stages` computes one piece of it, `run` hands the pieces to workers, `results` reads
-what they found.
+`spec` reads what is to be run, `stages` computes one piece of it, `run` hands the pieces to workers, `records` keeps
+what they found, `results` reads it.
 """
 
 from smi.study.results import read_rows, status, summarise

@@ -1,12 +1,11 @@
-"""Reads the files of a study: how far it is, its rows, and their summary."""
+"""Reads the file of a study: how far it is, its rows, and their summary."""
 
 from __future__ import annotations
 
 import csv
 import io
-import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from smi.errors import InputError
-from smi.study.spec import Study
+from smi.study.records import Record, read, waiting
+from smi.study.spec import Cell, Study
 from smi.study.stages import Store
 
 COLUMNS = (
@@ -24,25 +24,30 @@ DRAWS = 4000  # of the bootstrap
 Row = dict[str, Any]
 
 
-def outcome(file: Path) -> str:
-    """``done``, ``failed`` or ``missing``; a file that is not whole counts as missing."""
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return "missing"
-    return "failed" if "error" in record else "done"
+def known(study: Study, store: Store) -> dict[str, Record]:
+    """The records of a study by key, those that have no line yet among them."""
+    keys = {cell.key for cell in study.cells}
+    late = {key: record for key, record in waiting(store.running).items() if key in keys}
+    return read(store.found(study)) | late  # in this order: a cell has its line before its file goes
+
+
+def outcome(cell: Cell, records: Mapping[str, Record]) -> str:
+    """``done``, ``failed`` or ``missing``, by the records of a study."""
+    record = records.get(cell.key)
+    return "missing" if record is None else "failed" if "error" in record else "done"
 
 
 def status(study: Study, store: Store) -> dict[str, int]:
     """How many cells are done, failed and missing."""
-    found = Counter(outcome(store.cell(cell)) for cell in study.cells)
+    records = known(study, store)
+    found = Counter(outcome(cell, records) for cell in study.cells)
     return {state: found[state] for state in ("done", "failed", "missing")}
 
 
 def errors(study: Study, store: Store) -> list[tuple[str, str]]:
     """Cell and error of those that failed."""
-    failed = [cell for cell in study.cells if outcome(store.cell(cell)) == "failed"]
-    return [(cell.title, json.loads(store.cell(cell).read_text(encoding="utf-8"))["error"]) for cell in failed]
+    records = known(study, store)
+    return [(cell.title, records[cell.key]["error"]) for cell in study.cells if outcome(cell, records) == "failed"]
 
 
 def read_rows(study: Study, store: Store) -> list[Row]:
@@ -50,27 +55,28 @@ def read_rows(study: Study, store: Store) -> list[Row]:
 
     Rates are in [0, 1], seconds those of making the samples and of removal.
     """
-    return [_read(store.cell(cell))[1] for cell in study.cells if outcome(store.cell(cell)) == "done"]
+    records = known(study, store)
+    return [row_of(records[cell.key]) for cell in study.cells if outcome(cell, records) == "done"]
 
 
-def stored(folder: Path) -> list[tuple[dict[str, Any], Row]]:
-    """Configuration and row of each finished cell in ``folder``, by attack, source, defense and seed.
+def stored(file: Path) -> list[tuple[Record, Row]]:
+    """Record and row of each finished cell in a ``NAME.jsonl``, by domain, attack, source, defense and seed.
 
     Whatever study they are of: also cells of settings and of removals that this version does not have.
     """
-    found = [_read(file) for file in folder.glob("*.json") if outcome(file) == "done"]
+    found = [(record, row_of(record)) for record in read(file).values() if "error" not in record]
     return sorted(found, key=lambda pair: [pair[1][name] for name in COLUMNS[:5]])
 
 
-def _read(file: Path) -> tuple[dict[str, Any], Row]:
-    record = json.loads(file.read_text(encoding="utf-8"))
+def row_of(record: Record) -> Row:
+    """`COLUMNS` of the record of a finished cell."""
     config, before, after = record["config"], record["before"], record["after"]
     values = (
         config["domain"], config["attack"]["name"], config["source"], config["defense"]["name"], config["seed"],
         record["n"], round(before["acc"], 4), round(before["asr"], 4), round(after["acc"], 4), round(after["asr"], 4),
         round(after["der"], 4), round(sum(record["seconds"].values()), 1),
     )  # fmt: skip
-    return config, dict(zip(COLUMNS, values, strict=True))
+    return dict(zip(COLUMNS, values, strict=True))
 
 
 def as_csv(rows: Iterable[Row], columns: Sequence[str] = COLUMNS) -> str:

@@ -42,7 +42,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -54,7 +54,8 @@ from smi.runtime.files import remove_leftovers
 from smi.runtime.memory import KEPT
 from smi.runtime.progress import track
 from smi.study import stages
-from smi.study.results import outcome
+from smi.study.records import Record, append, tidy, waiting
+from smi.study.results import known, outcome
 from smi.study.spec import Cell, Place, Study
 from smi.study.stages import Store
 
@@ -85,7 +86,7 @@ class Stages(Protocol):
     def make_cell_samples(self, cell: Cell, store: Store, victim: str, prior: str | None) -> str:
         """See `stages.make_cell_samples`."""
 
-    def run_cell(self, cell: Cell, store: Store, victim: str, samples: str) -> str:
+    def run_cell(self, cell: Cell, store: Store, victim: str, samples: str) -> Record:
         """See `stages.run_cell`."""
 
 
@@ -132,12 +133,14 @@ def run_study(
     for folder in (store.results, store.cache):
         _check_writable(folder)
     with _alone(store.results):
-        states = {cell: outcome(store.cell(cell)) for cell in study.cells}
+        records = known(study, store)
+        with _writing(store):
+            for key in waiting(store.running).keys() & records.keys():  # left by a run that was killed
+                _add(records[key], study, store)
+        states = {cell: outcome(cell, records) for cell in study.cells}
         todo = [cell for cell, state in states.items() if state == "missing" or (retry and state == "failed")]
         for place in {cell.place for cell in todo}:
             place.check_present()
-        for cell in todo:
-            store.cell(cell).unlink(missing_ok=True)
         before, failed = len(study) - len(todo), 0
         if todo:
             with _client(scheduler, workers) as client:
@@ -148,24 +151,45 @@ def run_study(
                 else:
                     completed = _completed(futures)  # Dask starts a worker again that dies
                 done = track(completed, f"study {study.name}", len(study), unit="cells", before=before)
-                failed = sum(_has_failed(future, futures[future], store) for future in done)
+                failed = sum(_has_failed(future, found, futures[future], study, store) for future, found in done)
+        with _writing(store):
+            tidy(store.found(study))
+            with suppress(OSError):  # another study's cells are in it
+                store.running.rmdir()
     return Ran(before, len(todo) - failed, failed)
 
 
-def _has_failed(future: Future[Any], cell: Cell, store: Store) -> bool:
-    """Whether a cell has failed, which is recorded. Raises `InputError` where it is not the cell that is at fault."""
+def _has_failed(future: Future[Any], found: Any, cell: Cell, study: Study, store: Store) -> bool:
+    """Record what a cell gave, or that it has failed. Raises `InputError` where it is not the cell that is at fault."""
     error = CancelledError() if future.cancelled() else future.exception()
     if isinstance(error, CancelledError):
         raise InputError("The Dask scheduler went away. Start it, and then the same study: it goes on from here.")
-    if isinstance(error, OSError) and error.errno in DISK:
+    with _writing(store):
+        if isinstance(error, OSError) and error.errno in DISK:
+            raise error
+        if error is not None:
+            found = stages.names_of(cell) | {"error": f"{type(error).__name__}: {error}"}
+        _add(found, study, store)
+    future.release()
+    return error is not None
+
+
+def _add(record: Record, study: Study, store: Store) -> None:
+    """Give a record its line."""
+    append(store.found(study), record)
+    (store.running / f"{record['key']}.json").unlink(missing_ok=True)
+
+
+@contextmanager
+def _writing(store: Store) -> Iterator[None]:
+    """Raises `InputError` where a file cannot be written in the block."""
+    try:
+        yield
+    except OSError as error:
         raise InputError(
             f"A file could not be written: {error}. Make room in {store.results} and {store.cache}, and start the "
             "same study: it goes on from here."
         ) from error
-    if error is not None:
-        stages.record_error(cell, store, error)
-    future.release()
-    return error is not None
 
 
 def submit(
@@ -196,16 +220,21 @@ def submit(
     return made
 
 
-def _completed(futures: Iterable[Future[Any]], check: Callable[[], object] = lambda: None) -> Iterator[Future[Any]]:
-    """The futures as they complete. ``check`` is called whenever none did for `PATIENCE`; it may raise."""
+def _completed(
+    futures: Iterable[Future[Any]], check: Callable[[], object] = lambda: None
+) -> Iterator[tuple[Future[Any], Any]]:
+    """The futures as they complete, with what they give. ``check`` is called whenever none did for `PATIENCE`.
+
+    It may raise.
+    """
     from distributed import as_completed
 
     left = set(futures)
     while left:
         try:
-            for future in as_completed(list(left), timeout=PATIENCE):
+            for future, found in as_completed(list(left), timeout=PATIENCE, with_results=True, raise_errors=False):
                 left.discard(future)
-                yield future
+                yield future, found
         except TimeoutError:
             check()
 
@@ -224,7 +253,7 @@ def _alone(folder: Path) -> Iterator[None]:
     """Keep other runs off the same results, for they would compute the same cells. Ends with the process at the latest.
 
     The folder itself is locked, so that there is no lock file. Where the file system has no such locks, or this is
-    Windows, nothing is locked: files are written atomically, and what is lost is time.
+    Windows, nothing is locked, and what is lost is time (`smi.study.records`).
     """
     if os.name != "posix":
         yield

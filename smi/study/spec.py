@@ -60,6 +60,11 @@ class Place:
         own = asdict(self)
         return own if self.precision != AUTO else {k: v for k, v in own.items() if k != "precision"}
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Its domain, and the settings that are not the default."""
+        return {"domain": self.domain} | changed(asdict(self), asdict(Place(domain=self.domain)))
+
     def check_present(self) -> None:
         """Raises `InputError` for a name that does not exist or a file that is not there; nothing is read."""
         check_source(self.domain)
@@ -77,7 +82,7 @@ class Cell:
     source: str
     defense_name: str
     defense: Defense
-    per_class: int
+    per_class: int = 30
     seed: int
 
     @property
@@ -87,22 +92,24 @@ class Cell:
 
     @property
     def config(self) -> dict[str, Any]:
-        """Everything that the result depends on, as JSON."""
-        return self._victim | {
+        """Everything that the result depends on, as JSON: all settings, and versions that are not 1."""
+        return {
+            **self.place.config,
+            "attack": _named(self.attack_name, self.attack.settings(), self.attack.version),
+            "seed": self.seed,
             "source": self.source,
             "per_class": self.per_class,
-            "defense": {"name": self.defense_name, **asdict(self.defense)},
-        }
-
-    @property
-    def _victim(self) -> dict[str, Any]:
-        attack = self.attack.settings() | {"name": self.attack_name}
-        return {**self.place.config, "attack": attack, "seed": self.seed}
+            "defense": _named(self.defense_name, asdict(self.defense), self.defense.version),
+        } | ({} if self._source_version == 1 else {"source_version": self._source_version})
 
     @property
     def key(self) -> str:
-        """Names the cell's file: a hash of its configuration."""
-        return digest(self.config)
+        """Names the cell: a hash of names, of settings that are not the default, and of versions that are not 1.
+
+        So a new setting that is off makes no other cells.
+        """
+        own = changed(asdict(self.defense), asdict(type(self.defense)()))
+        return digest(self._samples | {"defense": _named(self.defense_name, own, self.defense.version)})
 
     @property
     def victim_key(self) -> str:
@@ -112,12 +119,54 @@ class Cell:
     @property
     def samples_key(self) -> str:
         """The same for all cells that are repaired with the same samples."""
-        return digest(self._victim | {"source": self.source, "per_class": self.per_class})
+        return digest(self._samples)
+
+    @property
+    def _victim(self) -> dict[str, Any]:
+        own = changed(self.attack.settings(), type(self.attack)().settings())
+        return self.place.identity | {
+            "attack": _named(self.attack_name, own, self.attack.version),
+            "seed": self.seed,
+        }
+
+    @property
+    def _samples(self) -> dict[str, Any]:
+        own = changed({"per_class": self.per_class}, {"per_class": Cell.per_class})
+        return self._victim | {"source": _named(self.source, own, self._source_version)}
+
+    @property
+    def _source_version(self) -> int:
+        return 1 if self.source == NO_SAMPLES else sources[self.source].version
 
     @property
     def title(self) -> str:
         """For messages."""
         return f"{self.place.domain} {self.attack_name} {self.source} {self.defense_name} seed {self.seed}"
+
+
+def changed(settings: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that are not as in ``default``; of nested ones those inside.
+
+    >>> changed({"lr": 0.1, "schedule": {"rounds": 3, "batch": 8}}, {"lr": 0.1, "schedule": {"rounds": 5, "batch": 8}})
+    {'schedule': {'rounds': 3}}
+    """
+    made: dict[str, Any] = {}
+    for name, value in settings.items():
+        usual = default.get(name, ...)
+        if isinstance(value, Mapping) and isinstance(usual, Mapping):
+            value, usual = changed(value, usual), {}
+        if _plain(value) != _plain(usual):
+            made[name] = value
+    return made
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it, which knows no tuples."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _named(name: str, settings: Mapping[str, Any], version: int) -> dict[str, Any]:
+    return {**settings, "name": name} | ({} if version == 1 else {"version": version})
 
 
 def digest(config: Mapping[str, Any]) -> str:
@@ -196,7 +245,7 @@ def _cells(table: Mapping[str, Any], where: str) -> Iterator[Cell]:
         ):
             cell = Cell(
                 place=place, attack_name=attack_name, attack=attack, source=source, defense_name=defense_name,
-                defense=defense, per_class=table.get("per_class", 30), seed=seed,
+                defense=defense, per_class=table.get("per_class", Cell.per_class), seed=seed,
             )  # fmt: skip
             if cell.key not in seen:
                 seen.add(cell.key)

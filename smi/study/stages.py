@@ -5,7 +5,6 @@ Files are written whole or not at all, so that a process that is killed loses wh
 
 from __future__ import annotations
 
-import json
 import os
 import time
 import warnings
@@ -13,7 +12,6 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -24,10 +22,11 @@ from smi.evaluation import Comparison, Evaluator, Measurement
 from smi.models.classifiers import Classifier, build_classifier, train_classifier
 from smi.priors.base import GAN, load_prior, save_prior
 from smi.priors.gan import PriorConfig, fit_prior
-from smi.runtime.compute import precision, versions
-from smi.runtime.files import fingerprint, load_tensors, save_tensors, write_atomic
+from smi.runtime.compute import circumstances, precision
+from smi.runtime.files import fingerprint, load_tensors, save_tensors
 from smi.sources import Given, make_samples
-from smi.study.spec import AUTO, NO_SAMPLES, Cell, Place, digest
+from smi.study.records import Record, once
+from smi.study.spec import AUTO, NO_SAMPLES, Cell, Place, Study, digest
 
 PRIOR_SEED = 0  # one prior for all cells of a place
 
@@ -37,7 +36,8 @@ class Store:
     """Where files lie, and where models run.
 
     Attributes:
-        results: One JSON a cell.
+        results: Of what is found: ``NAME.jsonl`` with a line a cell of the study NAME, ``NAME.analyses.jsonl`` and
+            ``NAME.detections.jsonl`` with what `smi study analyse` and `smi study detect` measured.
         cache: Victims, priors and samples, which can be made again.
         device: Of every worker, as torch names it.
     """
@@ -46,9 +46,14 @@ class Store:
     cache: Path
     device: str = "cpu"
 
-    def cell(self, cell: Cell) -> Path:
-        """The file of a cell."""
-        return self.results / f"{cell.key}.json"
+    def found(self, study: Study, kind: str = "") -> Path:
+        """The file of a study's cells, or of its "analyses" or "detections"."""
+        return self.results / f"{study.name}{'.' if kind else ''}{kind}.jsonl"
+
+    @property
+    def running(self) -> Path:
+        """The folder of cells that are finished and have no line yet."""
+        return self.results / "running"
 
     def kept(self, kind: str, key: str) -> Path:
         """A file of the cache."""
@@ -177,11 +182,17 @@ def _prior(name: str) -> GAN:
     return load_prior(name)
 
 
-def run_cell(cell: Cell, store: Store, victim: str, samples: str) -> str:
-    """Repair and measure, and write the cell's file. Returns it."""
-    file = store.cell(cell)
-    if file.exists():
-        return str(file)
+def run_cell(cell: Cell, store: Store, victim: str, samples: str) -> Record:
+    """Repair and measure. Returns the cell's record, which is in the folder of what is running, too."""
+    return once(store.running, cell.key, lambda: names_of(cell) | _measured(cell, store, victim, samples))
+
+
+def names_of(cell: Cell) -> Record:
+    """What the record of a cell says of it, whether it fails or not."""
+    return {"key": cell.key, "samples_key": cell.samples_key, "config": cell.config}
+
+
+def _measured(cell: Cell, store: Store, victim: str, samples: str) -> Record:
     domain = _domain(cell.place.domain, cell.place.public)
     model, attack, before = load_victim(victim, cell.attack)
     given, made = None, 0.0
@@ -193,23 +204,11 @@ def run_cell(cell: Cell, store: Store, victim: str, samples: str) -> str:
         repair = cell.defense.repair(model.to(store.device), given, domain.public, seed=cell.seed)
         spent = time.perf_counter() - start
         after = Evaluator(domain.private.test, attack).measure(repair.model)
-    result = Comparison(before, after)
-    record = {
-        "config": cell.config,
+        how = circumstances(repair.model)
+    return {
         "n": 0 if given is None else len(given),
         "before": asdict(before),
-        "after": result.as_dict(),
+        "after": Comparison(before, after).as_dict(),
         "seconds": {"samples": made, "repair": round(spent, 3)},
-        "precision": cell.place.precision,
-        "device": store.device,
-        "versions": versions(store.device),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    write_atomic(file, json.dumps(record, indent=1, sort_keys=True) + "\n")
-    return str(file)
-
-
-def record_error(cell: Cell, store: Store, error: BaseException) -> None:
-    """Write into the cell's file why it failed."""
-    record: dict[str, Any] = {"config": cell.config, "error": f"{type(error).__name__}: {error}"}
-    write_atomic(store.cell(cell), json.dumps(record, indent=1, sort_keys=True) + "\n")
+    } | how
