@@ -15,13 +15,13 @@ from smi.analysis import (
     ANALYSIS_COLUMNS,
     Path,
     analyse,
-    figures,
     rank_correlation,
 )
 from smi.analysis.study import sample_sets, stored_analysis
 from smi.cli.main import cli
 from smi.errors import InputError
 from smi.models.classifiers import build_classifier
+from smi.plotting import analysis as figures
 from smi.runtime.files import save_tensors
 from smi.study import Store, load_study
 from smi.study.records import append

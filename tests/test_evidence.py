@@ -3,7 +3,7 @@
 import pytest
 from click.testing import CliRunner
 
-from smi.analysis import evidence
+from smi.dev import evidence
 from smi.dev.committed import Committed
 from smi.dev.evidence import made, page
 from smi.dev.evidence_tables import tables

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from smi.analysis import evidence
+from smi.dev import evidence
 from smi.dev.committed import Committed
 from smi.study.results import as_csv, from_csv, stored, summarise
 

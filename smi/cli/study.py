@@ -273,7 +273,7 @@ def convert(folder: Path, force: bool) -> None:
       smi study convert study-digits
       smi study table study-digits.jsonl --by source
     """
-    from smi.files import output_file
+    from smi.runtime.files import output_file
     from smi.study.convert import convert as make
 
     file = folder.absolute().with_name(f"{folder.absolute().name}.jsonl")
