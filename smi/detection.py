@@ -19,8 +19,9 @@ from smi.erasure.natural import natural_images, spread_of
 from smi.erasure.scan import MOST, Scan, drift, look, sent
 from smi.erasure.search import ANYWHERE, Search
 from smi.runtime.checks import check_model, check_number
-from smi.runtime.compute import asked_precision, fingerprint_of, frozen
+from smi.runtime.compute import fingerprint_of, frozen
 from smi.runtime.files import fingerprint
+from smi.runtime.precision import asked_precision
 from smi.runtime.unfinished import Unfinished
 
 NEAR = 0.7  # of the largest excess: a class as unusual as that cannot be told from the most unusual one

@@ -53,12 +53,14 @@ def plain(device: torch.device) -> AbstractContextManager[Any]:
 def has_bfloat16(device: torch.device) -> bool:
     """Whether a device multiplies bfloat16 matrices natively, rather than by emulation, which is slower than float32.
 
-    On a CPU that takes AVX512-BF16 or AMX instructions. torch answers through functions whose names are private and
-    change between versions; one that is missing counts as a no, so that float32 is used.
+    On a CPU that takes AVX512-BF16 or AMX instructions, and oneDNN, that they are not switched off for torch. It
+    answers through functions whose names are private and change between versions; one that is missing counts as a no,
+    so that float32 is used.
     """
     if device.type == "cpu":
         checks = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
-        return any(check() for check in checks if check is not None)
+        native = any(check() for check in checks if check is not None)
+        return native and torch.backends.mkldnn.is_available() and "AVX512" in torch.backends.cpu.get_cpu_capability()
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return False

@@ -94,7 +94,7 @@ def there():
     """A stand-in for a device (`elsewhere`), on which work is done in float32: it has no autocast."""
     from elsewhere import elsewhere
 
-    from smi.runtime.compute import precision
+    from smi.runtime.precision import precision
 
     with precision("float32"), elsewhere() as device:
         yield device

@@ -27,7 +27,7 @@ from smi.erasure.search import Search
 from smi.inversion import Inversion, invert
 from smi.inversion.selection import Selection
 from smi.priors.gan import PriorConfig, fit_prior
-from smi.runtime.compute import precision
+from smi.runtime.precision import precision
 from smi_kernels import stability_scores
 from smi_kernels.noise import families
 

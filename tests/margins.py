@@ -103,9 +103,10 @@ def compute_in(precision):
     import torch
     from torch.overrides import TorchFunctionMode
 
-    import smi.runtime.compute
+    import smi.runtime.precision  # before what takes `mixed` from it
+    from smi_kernels.precision import has_bfloat16
 
-    if precision == "bfloat16" and not smi.runtime.compute.bf16_is_fast():
+    if precision == "bfloat16" and not has_bfloat16(torch.device("cpu")):
 
         class Round(torch.autograd.Function):
             @staticmethod
@@ -130,12 +131,12 @@ def compute_in(precision):
                 return rounded(function(*inputs, **(kwargs or {})))
 
         def mixed(device):
-            auto = device.type == "cpu" and smi.runtime.compute.asked_precision() == "auto"
+            auto = device.type == "cpu" and smi.runtime.precision.asked_precision() == "auto"
             return Rounded() if auto else nullcontext()
 
-        smi.runtime.compute.mixed = mixed
+        smi.runtime.precision.mixed = mixed
     else:
-        smi.runtime.compute._asked.set(precision)
+        smi.runtime.precision._asked.set(precision)
 
 
 def number(value):

@@ -29,8 +29,8 @@ from smi.models.classifiers import build_classifier
 from smi.models.store import save_classifier
 from smi.priors.base import GAN, save_prior
 from smi.priors.gan import PriorConfig, fit_prior
-from smi.runtime.compute import asked_precision
 from smi.runtime.files import load_tensors, save_tensors
+from smi.runtime.precision import asked_precision
 
 QUICK = Detector(search=Search(families=("additive",), steps=1, restarts=1))
 COMMANDS = ["demo", "remove", "fit-prior", "invert", "score", "evaluate"]

@@ -16,7 +16,8 @@ from smi.domains import PrivateSet, PublicImages, Samples
 from smi.erasure import ANYWHERE, Scan, Search
 from smi.errors import InputError
 from smi.models.classifiers import TrainConfig, train_classifier
-from smi.report.removal import detection_verdict, removal_page, removal_verdict
+from smi.report.removal import removal_page
+from smi.report.verdicts import detection_verdict, removal_verdict
 from smi.study.records import read
 
 QUICK = Detector(search=Search(families=("additive",), steps=2, restarts=1))

@@ -21,7 +21,8 @@ from smi.inversion.selection import Selection, features, score_samples
 from smi.models.classifiers import TrainConfig, train_classifier
 from smi.priors.gan import PriorConfig, fit_prior
 from smi.runtime.checks import device_of
-from smi.runtime.compute import precision, predict
+from smi.runtime.compute import predict
+from smi.runtime.precision import precision
 from smi.study import load_study, stages
 from smi_kernels import stability_scores
 

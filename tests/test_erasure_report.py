@@ -11,8 +11,9 @@ from smi.defenses.base import Evidence
 from smi.detection import Detection
 from smi.erasure.scan import Scan
 from smi.erasure.search import ANYWHERE
-from smi.report.removal import removal_page, removal_verdict
+from smi.report.removal import removal_page
 from smi.report.sections import reason
+from smi.report.verdicts import removal_verdict
 
 
 def seen(treated, left, *, targets=None, sizes=(1.0, 4.0, 4.2, 4.1), reached=None, asked=False):

@@ -12,7 +12,7 @@ from smi.detection import Detector
 from smi.erasure.families import families
 from smi.erasure.scan import SPREAD_ANYWHERE, Scan, drift, look, sent
 from smi.erasure.search import ANYWHERE, REACHED, Search, _losses
-from smi.report.removal import detection_verdict
+from smi.report.verdicts import detection_verdict
 from smi.runtime.compute import frozen
 
 

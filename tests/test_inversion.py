@@ -15,7 +15,7 @@ from smi.inversion.deepinversion import statistics_gap
 from smi.inversion.latent import CLEAR
 from smi.inversion.pixel import total_variation
 from smi.inversion.selection import Selection, score_samples
-from smi.runtime.compute import precision
+from smi.runtime.precision import precision
 from smi.runtime.seeding import stream
 
 STEPS = {"steps": 4, "lr": 0.1}

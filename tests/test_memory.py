@@ -15,8 +15,9 @@ from torch import nn
 from smi.defenses import FineTune, Schedule
 from smi.defenses.universal import universal
 from smi.inversion import Latent, Pixel, Stabilized, invert
-from smi.runtime.compute import fast, precision, predict
+from smi.runtime.compute import fast, predict
 from smi.runtime.memory import keep_freed
+from smi.runtime.precision import precision
 from smi.runtime.signals import Stopped, stoppable
 
 FAULTS = """

@@ -14,7 +14,8 @@ from smi.defenses import Repair
 from smi.errors import InputError
 from smi.models.store import read_classifier
 from smi.plotting import report as figures
-from smi.report.removal import demo_page, removal_page, removal_verdict, table, verdict, write_report
+from smi.report.removal import demo_page, removal_page, table, write_report
+from smi.report.verdicts import removal_verdict, verdict
 
 VOID = {"meta", "img", "br", "hr"}
 

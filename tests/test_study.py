@@ -18,8 +18,8 @@ from smi.defenses import defenses
 from smi.domains import Domain, PrivateData, PrivateSet, PublicImages, load_domain, public_classes
 from smi.errors import InputError
 from smi.plotting.study import plot_rates
-from smi.runtime.compute import asked_precision
 from smi.runtime.files import load_tensors
+from smi.runtime.precision import asked_precision
 from smi.sources import sources
 from smi.study import Store, load_study, read_rows, run_study, stages, summarise
 from smi.study.results import as_csv, as_markdown, compare, from_csv, stored

@@ -18,8 +18,8 @@ from smi.inversion.selection import Selection
 from smi.models.suspects import Adapted
 from smi.priors.base import GeneratorPrior
 from smi.priors.gan import PriorConfig, fit_prior
-from smi.runtime.compute import precision
 from smi.runtime.job import Loop
+from smi.runtime.precision import precision
 from smi.runtime.signals import Stopped, stoppable
 from smi.runtime.unfinished import Unfinished, workplace
 

@@ -30,7 +30,8 @@ def demo(seed: int, out: Path | None, force: bool, device: str) -> None:
     from smi.demo import run_demo
     from smi.domains import load_domain
     from smi.priors.base import load_prior
-    from smi.report.removal import table, verdict, write_report
+    from smi.report.removal import table, write_report
+    from smi.report.verdicts import verdict
     from smi.runtime.files import claimed
 
     with claimed(out or _free_folder(f"smi-demo-{seed}"), folder=True, force=force) as folder:

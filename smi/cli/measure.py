@@ -43,8 +43,9 @@ def score(
     from smi.domains.arrays import load_images
     from smi.models.suspects import load_suspect
     from smi.runtime.checks import check_labels, check_model
-    from smi.runtime.compute import asked_precision, predict
+    from smi.runtime.compute import predict
     from smi.runtime.files import output_file, write_atomic
+    from smi.runtime.precision import asked_precision
     from smi_kernels import stability_scores
 
     file = None if out is None else output_file(out, force=force)

@@ -16,7 +16,7 @@ from smi.runtime.signals import Stopped, stoppable
 from smi.runtime.threads import limit_threads, usable_cores, use_threads
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-PRECISIONS = ["auto", "float32", "bfloat16", "float16"]  # smi.runtime.compute.PRECISIONS, without torch
+PRECISIONS = ["auto", "float32", "bfloat16", "float16"]  # smi.runtime.precision.PRECISIONS, without torch
 PER_CLASS = 30  # reconstructions of a class
 NOT_OURS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
 
@@ -58,7 +58,7 @@ def common(command: Command) -> Command:
 
     @wraps(command)
     def prepared(*args: Any, threads: int | None, device: str, precision: str, **options: Any) -> Any:
-        from smi.runtime.compute import precision as computing_in
+        from smi.runtime.precision import precision as computing_in
 
         check_device(device)
         limit_threads() if threads is None else use_threads(threads)

@@ -72,7 +72,8 @@ def remove(
     from smi.models.suspects import load_suspect
     from smi.pipeline import held_out_samples, remove_backdoor
     from smi.priors.base import SIZE
-    from smi.report.removal import Removal, removal_verdict, write_report
+    from smi.report.removal import Removal, write_report
+    from smi.report.verdicts import removal_verdict
     from smi.runtime.checks import check_model
     from smi.runtime.files import ROOM, check_room, claimed
     from smi.runtime.progress import Clock

@@ -12,9 +12,10 @@ from smi.detection import Detection
 from smi.domains.base import PublicImages, Samples, check_public, check_samples
 from smi.erasure.search import ANYWHERE, Found
 from smi.runtime.checks import check_model, check_module
-from smi.runtime.compute import asked_precision, fingerprint_of, frozen
+from smi.runtime.compute import fingerprint_of, frozen
 from smi.runtime.files import fingerprint
 from smi.runtime.job import Job, OnRound, unwatched
+from smi.runtime.precision import asked_precision
 from smi.runtime.unfinished import EVERY, Unfinished
 from smi_kernels import Registry
 

@@ -20,8 +20,9 @@ from smi.errors import InputError
 from smi.inversion.selection import Selection, most_stable, select_stable
 from smi.priors.base import Prior, check_prior
 from smi.runtime.checks import check_model, check_number, device_of
-from smi.runtime.compute import Runner, asked_precision, fast, fingerprint_of, frozen, mixed
+from smi.runtime.compute import Runner, fast, fingerprint_of, frozen
 from smi.runtime.memory import Chunk, halving
+from smi.runtime.precision import asked_precision, mixed
 from smi.runtime.progress import track
 from smi.runtime.seeding import stream
 from smi.runtime.unfinished import (

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from smi.domains.base import Samples
 from smi.errors import InputError
 from smi.runtime.checks import check_number, device_of, evaluating
-from smi.runtime.compute import asked_precision, predict
+from smi.runtime.compute import predict
 from smi.runtime.memory import Chunk, halving
+from smi.runtime.precision import asked_precision
 from smi.runtime.threads import suited
 from smi_kernels import stability_scores, which_backend
 

@@ -19,7 +19,7 @@ from smi.inversion.base import Task, inversions
 from smi.inversion.latent import Latent
 from smi.inversion.perturbation import slopes_at, worst_input, worst_parameters
 from smi.runtime.checks import check_number
-from smi.runtime.compute import asked_precision
+from smi.runtime.precision import asked_precision
 from smi_kernels import stability_scores
 
 MODES = ("adversarial", "random")

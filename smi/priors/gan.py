@@ -22,8 +22,9 @@ from smi.domains.base import PublicImages
 from smi.errors import InputError
 from smi.priors.base import GAN, SIZE, Critic, blank_gan
 from smi.runtime.checks import check_number, evaluating
-from smi.runtime.compute import asked_precision, fast, versions
+from smi.runtime.compute import fast, versions
 from smi.runtime.files import fingerprint
+from smi.runtime.precision import asked_precision
 from smi.runtime.progress import track
 from smi.runtime.seeding import derive, stream
 from smi.runtime.threads import threads_of

@@ -6,8 +6,7 @@ import copy
 import hashlib
 import platform
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from typing import Any, Protocol
 
@@ -15,20 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from smi.errors import unknown_name
 from smi.runtime.checks import device_of, evaluating
 from smi.runtime.files import fingerprint
 from smi.runtime.memory import Chunk, halving
+from smi.runtime.precision import asked_precision, mixed
 from smi.runtime.threads import suited, threads_of
-
-
-def bf16_is_fast() -> bool:
-    """Whether this CPU multiplies bfloat16 natively (AVX512-BF16 or AMX); elsewhere float32 is as fast and exact."""
-    return (
-        torch.backends.mkldnn.is_available()
-        and "AVX512" in torch.backends.cpu.get_cpu_capability()
-        and (torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported())
-    )
+from smi_kernels.precision import has_bfloat16
 
 
 class Runner(Protocol):
@@ -36,53 +27,6 @@ class Runner(Protocol):
 
     def __call__(self, images: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """Float32 outputs."""
-
-
-PRECISIONS = ("auto", "float32", "bfloat16", "float16")
-_asked: ContextVar[str] = ContextVar("precision", default="auto")
-
-
-@contextmanager
-def precision(name: str) -> Iterator[None]:
-    """Inside the block models run in this number format.
-
-    Weights, logits and losses are float32 whatever it is.
-
-    Args:
-        name: "auto" (bfloat16 where that is quick), "float32", "bfloat16" or "float16" (without loss scaling: small
-            gradients vanish).
-
-    Raises:
-        InputError: For another name.
-
-    >>> with precision("float32"):
-    ...     asked_precision()
-    'float32'
-    """
-    if name not in PRECISIONS:
-        raise unknown_name("precision", name, PRECISIONS)
-    token = _asked.set(name)
-    try:
-        yield
-    finally:
-        _asked.reset(token)
-
-
-def asked_precision() -> str:
-    """What the innermost `precision` asked for."""
-    return _asked.get()
-
-
-def mixed(device: torch.device) -> AbstractContextManager[Any]:
-    """Autocast to what `precision` asks for on ``device``; nothing where torch has no autocast for it."""
-    if not torch.amp.is_autocast_available(device.type):
-        return nullcontext()
-    name = asked_precision()
-    if name == "auto":
-        low = device.type == "cuda" or (device.type == "cpu" and bf16_is_fast())
-        return torch.autocast(device.type, torch.bfloat16, enabled=low, cache_enabled=False)
-    kind = torch.float16 if name == "float16" else torch.bfloat16
-    return torch.autocast(device.type, kind, enabled=name != "float32", cache_enabled=False)
 
 
 @contextmanager
@@ -133,7 +77,7 @@ def versions(device: str | torch.device = "cpu") -> dict[str, str]:
     """Versions of what numbers depend on, the processor's way of multiplying, the name of a ``device`` beside it."""
     found = {name: version(name) for name in ("torch", "numpy")} | {
         "python": platform.python_version(),
-        "cpu": torch.backends.cpu.get_cpu_capability() + (" bf16" if bf16_is_fast() else ""),
+        "cpu": torch.backends.cpu.get_cpu_capability() + (" bf16" if has_bfloat16(torch.device("cpu")) else ""),
     }
     kind = torch.device(device).type
     if kind != "cpu":

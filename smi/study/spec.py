@@ -17,7 +17,7 @@ from smi.defenses import Defense, defenses
 from smi.domains import check_source, public_classes
 from smi.errors import InputError, unknown_name
 from smi.models.classifiers import TrainConfig
-from smi.runtime.compute import PRECISIONS
+from smi.runtime.precision import PRECISIONS
 from smi.sources import sources
 
 AUTO = "auto"  # the precision that is a machine's own
@@ -37,7 +37,7 @@ class Place:
         public: As `load_domain` takes it; None for the domain's own public images.
         prior: As `load_prior` takes it, or "fit" for one trained on the public images.
         train: Of the classifiers.
-        precision: In which models run, see `smi.runtime.compute.precision`.
+        precision: In which models run, see `smi.runtime.precision.precision`.
     """
 
     domain: str

@@ -22,8 +22,9 @@ from smi.evaluation import Comparison, Evaluator, Measurement
 from smi.models.classifiers import Classifier, build_classifier, train_classifier
 from smi.priors.base import GAN, load_prior, save_prior
 from smi.priors.gan import PriorConfig, fit_prior
-from smi.runtime.compute import circumstances, precision
+from smi.runtime.compute import circumstances
 from smi.runtime.files import fingerprint, load_tensors, save_tensors
+from smi.runtime.precision import precision
 from smi.sources import Given, make_samples
 from smi.study.records import Record, once
 from smi.study.spec import AUTO, NO_SAMPLES, Cell, Place, Study, digest
