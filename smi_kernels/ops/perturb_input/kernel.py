@@ -82,27 +82,11 @@ def _check(images: Tensor, dtype: torch.dtype, family: Family) -> None:
 
 @triton.jit(do_not_specialize=["n", "tiles", "first", "first_number", "draws", "key_low", "key_high"])
 def _perturb_input(
-    images: tl.tensor,
-    out: tl.tensor,
-    n: tl.tensor,
-    pixels: tl.tensor,
-    tiles: tl.tensor,
-    sigma: tl.tensor,
-    first: tl.tensor,
-    first_number: tl.tensor,
-    draws: tl.tensor,
-    key_low: tl.tensor,
-    key_high: tl.tensor,
-    FAMILY: tl.constexpr,
-    ELEMENTS: tl.constexpr,
-    SIGNS: tl.constexpr,
-    STREAM: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    CHANNELS_PADDED: tl.constexpr,
-    SPAN: tl.constexpr,
-    IMAGES: tl.constexpr,
-) -> None:
+    images: tl.tensor, out: tl.tensor, n: tl.tensor, pixels: tl.tensor, tiles: tl.tensor, sigma: tl.tensor,
+    first: tl.tensor, first_number: tl.tensor, draws: tl.tensor, key_low: tl.tensor, key_high: tl.tensor,
+    FAMILY: tl.constexpr, ELEMENTS: tl.constexpr, SIGNS: tl.constexpr, STREAM: tl.constexpr, ALIGNED: tl.constexpr,
+    CHANNELS: tl.constexpr, CHANNELS_PADDED: tl.constexpr, SPAN: tl.constexpr, IMAGES: tl.constexpr,
+) -> None:  # fmt: skip
     tile, group = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     number = first_number + tl.program_id(1)
     channel = tl.arange(0, CHANNELS_PADDED)[:, None]

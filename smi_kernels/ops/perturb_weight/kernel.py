@@ -126,29 +126,12 @@ def _block(pairs: int, taps: int, elements: int) -> int:
 
 @triton.jit(do_not_specialize=["first", "first_number", "draws", "key_low", "key_high", "tensor"])
 def _perturb_weight(
-    theta: tl.tensor,
-    out: tl.tensor,
-    scale: tl.tensor,
-    left: tl.tensor,
-    right: tl.tensor,
-    rows: tl.tensor,
-    std: tl.tensor,
-    first: tl.tensor,
-    first_number: tl.tensor,
-    draws: tl.tensor,
-    key_low: tl.tensor,
-    key_high: tl.tensor,
-    tensor: tl.tensor,
-    FAMILY: tl.constexpr,
-    ELEMENTS: tl.constexpr,
-    STRUCTURE: tl.constexpr,
-    SIGNS: tl.constexpr,
-    STREAM: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    TAPS: tl.constexpr,
-    PAIRS: tl.constexpr,
+    theta: tl.tensor, out: tl.tensor, scale: tl.tensor, left: tl.tensor, right: tl.tensor, rows: tl.tensor,
+    std: tl.tensor, first: tl.tensor, first_number: tl.tensor, draws: tl.tensor, key_low: tl.tensor,
+    key_high: tl.tensor, tensor: tl.tensor, FAMILY: tl.constexpr, ELEMENTS: tl.constexpr, STRUCTURE: tl.constexpr,
+    SIGNS: tl.constexpr, STREAM: tl.constexpr, CHANNELS: tl.constexpr, TAPS: tl.constexpr, PAIRS: tl.constexpr,
     BLOCK: tl.constexpr,
-) -> None:
+) -> None:  # fmt: skip
     pair0 = tl.program_id(0) * PAIRS
     number = first_number + tl.program_id(1)
     # Elements in θ's order, from the start of a counter on, which may lie before the program's first pair.
@@ -195,18 +178,9 @@ def _perturb_weight(
 
 @triton.jit
 def _structured(
-    left: tl.tensor,
-    right: tl.tensor,
-    base: tl.tensor,
-    draw: tl.tensor,
-    pair0: tl.tensor,
-    mine: tl.tensor,
-    rows: tl.tensor,
-    inside: tl.tensor,
-    STRUCTURE: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    TAPS: tl.constexpr,
-) -> tl.tensor:
+    left: tl.tensor, right: tl.tensor, base: tl.tensor, draw: tl.tensor, pair0: tl.tensor, mine: tl.tensor,
+    rows: tl.tensor, inside: tl.tensor, STRUCTURE: tl.constexpr, CHANNELS: tl.constexpr, TAPS: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     """Noise of structure 1 (rank1) or 2 (flipout) of a draw at elements ``mine`` after the pair ``pair0``."""
     pair, tap = pair0 + mine // TAPS, mine % TAPS
     row, channel = pair // CHANNELS, pair % CHANNELS

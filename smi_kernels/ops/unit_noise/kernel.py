@@ -52,21 +52,10 @@ def unit_noise(
 
 @triton.jit(do_not_specialize=["count", "first", "first_number", "draws", "key_low", "key_high", "stream"])
 def _unit_noise(
-    index: tl.tensor,
-    tensor: tl.tensor,
-    out: tl.tensor,
-    count: tl.tensor,
-    first: tl.tensor,
-    first_number: tl.tensor,
-    draws: tl.tensor,
-    key_low: tl.tensor,
-    key_high: tl.tensor,
-    stream: tl.tensor,
-    FAMILY: tl.constexpr,
-    ELEMENTS: tl.constexpr,
-    SIGNS: tl.constexpr,
-    COUNTERS: tl.constexpr,
-) -> None:
+    index: tl.tensor, tensor: tl.tensor, out: tl.tensor, count: tl.tensor, first: tl.tensor, first_number: tl.tensor,
+    draws: tl.tensor, key_low: tl.tensor, key_high: tl.tensor, stream: tl.tensor, FAMILY: tl.constexpr,
+    ELEMENTS: tl.constexpr, SIGNS: tl.constexpr, COUNTERS: tl.constexpr,
+) -> None:  # fmt: skip
     number = first_number + tl.program_id(1)
     counter = tl.program_id(0) * COUNTERS + tl.arange(0, COUNTERS)[None, :]
     exists = counter < count
