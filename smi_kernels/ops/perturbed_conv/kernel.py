@@ -248,16 +248,16 @@ def perturbed_conv(
     merged = shape.taps > 1 and shape.channels <= 16
     tile = tile or _tile(x, shape, merged, packed is not None)
     tiles = -(-shape.pixels // tile["block_m"]) * -(-per_group // tile["block_o"])
-    (down, across), (top, left), (high, wide) = geometry.stride, geometry.padding, geometry.dilation
     with launch.on_device(x), launch.writable(y) as out:
         conv_kernel[(tiles, shape.groups, draws)](
             launch.readable(x), launch.readable(weight), words, scale, bias, launch.readable(residual), out,
             std, 0 if shared else x[: shape.images].numel(), 0 if packed is not None else weight[0].numel(),
             shape.pixels, shape.outputs, *shape.image, *shape.result,
             CHANNELS=shape.channels, GROUPS=shape.groups, KERNEL_H=geometry.kernel[0], KERNEL_W=geometry.kernel[1],
-            STRIDE_H=down, STRIDE_W=across, PAD_H=top, PAD_W=left, DILATION_H=high, DILATION_W=wide,
-            EPILOGUE=load_kernel(epilogue.kernel), ROUND=rounding(x.dtype),
-            MERGED=merged, WEIGHT_FIRST=tile.get("weight_first", 0) == 1,
+            STRIDE_H=geometry.stride[0], STRIDE_W=geometry.stride[1], PAD_H=geometry.padding[0],
+            PAD_W=geometry.padding[1], DILATION_H=geometry.dilation[0], DILATION_W=geometry.dilation[1],
+            EPILOGUE=load_kernel(epilogue.kernel), ROUND=rounding(x.dtype), MERGED=merged,
+            WEIGHT_FIRST=tile.get("weight_first", 0) == 1,
             BLOCK_M=tile["block_m"], BLOCK_O=tile["block_o"], BLOCK_K=tile["block_k"],
             num_warps=tile["num_warps"], num_stages=tile["num_stages"], enable_fp_fusion=True,
         )  # fmt: skip
