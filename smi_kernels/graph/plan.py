@@ -141,20 +141,12 @@ class Plan:
 
 def arguments(step: Call, values: Mapping[str, Any], state: Mapping[str, Tensor]) -> tuple[Any, Any]:
     """Arguments of a call, positional and by name, with what each `Value` stands for."""
-    return _filled(step.args, values, state), _filled(step.kwargs, values, state)
 
+    def filled(item: Any) -> Any:
+        return (state if item.is_state else values)[item.name] if isinstance(item, Value) else item
 
-def _filled(argument: Any, values: Mapping[str, Any], state: Mapping[str, Tensor]) -> Any:
-    # A function of the module: one that calls itself from within another is a cycle, and would keep the values alive.
-    if isinstance(argument, Value):
-        return (state if argument.is_state else values)[argument.name]
-    if isinstance(argument, tuple | list):
-        return type(argument)(_filled(item, values, state) for item in argument)
-    if isinstance(argument, dict):
-        return {key: _filled(value, values, state) for key, value in argument.items()}
-    if isinstance(argument, slice):
-        return slice(*(_filled(part, values, state) for part in (argument.start, argument.stop, argument.step)))
-    return argument
+    args, kwargs = fx.node.map_aggregate((step.args, step.kwargs), filled)
+    return args, kwargs
 
 
 _plans: WeakKeyDictionary[nn.Module, tuple[Any, Plan | str]] = WeakKeyDictionary()
@@ -336,18 +328,11 @@ def reads_of(step: Layer | Call) -> set[str]:
         return {step.source} | ({step.residual} if step.residual is not None else set())
     found: set[str] = set()
 
-    def look(argument: Any) -> None:
-        if isinstance(argument, Value) and not argument.is_state:
-            found.add(argument.name)
-        elif isinstance(argument, tuple | list):
-            for item in argument:
-                look(item)
-        elif isinstance(argument, dict):
-            look(list(argument.values()))
-        elif isinstance(argument, slice):
-            look((argument.start, argument.stop, argument.step))
+    def look(item: Any) -> None:
+        if isinstance(item, Value) and not item.is_state:
+            found.add(item.name)
 
-    look((step.args, step.kwargs))
+    fx.node.map_aggregate((step.args, step.kwargs), look)
     return found
 
 

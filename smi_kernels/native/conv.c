@@ -1,4 +1,4 @@
-/* Convolutions of several draws in one call: the twin in C of smi_kernels/triton/perturbed_conv.py.
+/* Convolutions of several draws in one call: the twin in C of smi_kernels/ops/perturbed_conv.
  *
  *   out[d, n, y, x, o] = act( Σ weight[d, o, i, j, c] · image[d, n, y·s + i·l − p, x·s + j·l − p, c] + bias[d, o]
  *                             + residual[d, n, y, x, o] )

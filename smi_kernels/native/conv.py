@@ -68,19 +68,8 @@ def convolve(
     out = torch.empty(len(images), outputs, *outer, dtype=dtype, memory_format=torch.channels_last)
     pixels, by_channel = inner.numel(), images.is_contiguous()
     apart = (1, pixels) if by_channel else (channels, 1)
-    sizes = (
-        draws,
-        len(images) // draws,
-        channels,
-        *inner,
-        outputs,
-        *outer,
-        *taps,
-        *stride,
-        *padding,
-        *dilation,
-        *apart,
-    )
+    images_of_draw = len(images) // draws
+    sizes = (draws, images_of_draw, channels, *inner, outputs, *outer, *taps, *stride, *padding, *dilation, *apart)
     low = torch.bfloat16
     flags = (int(images.dtype == low), int(dtype == low), int(relu), torch.get_num_threads())
     pointers = [None if t is None else ctypes.c_void_p(t.data_ptr()) for t in (out, images, weight, bias, residual)]

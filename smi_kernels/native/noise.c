@@ -1,5 +1,5 @@
 /* Unit noise from Philox-4x32-10 counters, and weights perturbed by it: the twin in C of smi_kernels/noise/philox.py,
- * noise/torch.py and triton/perturb_weight.py, bit for bit.
+ * noise/torch.py and ops/perturb_weight, bit for bit.
  *
  * Only correctly rounded operations are used and none may be fused: compile with -ffp-contract=off. Loops have no
  * branches, so that a compiler turns them into vector instructions.

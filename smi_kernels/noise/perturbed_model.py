@@ -144,8 +144,7 @@ class PerturbedModel:
         """Unit noise of draw k, float32, of the parameter's shape."""
         clean, tensor = self.clean[name], self._ids[name]
         if self._family.structure == INDEPENDENT:
-            options = {"seed": self._seed, "k": k, "stream": PARAMETERS, "antithetic": self._antithetic}
-            return draw(self._family, {tensor: clean.shape}, device=clean.device, **options)[tensor]  # type: ignore[arg-type]
+            return draw(self._family, {tensor: clean.shape}, device=clean.device, **vars(self.which(k)))[tensor]
         rows, *rest = self.factors(name, k)
         return combine(rows, rest, clean.shape, base=self.base(name))
 

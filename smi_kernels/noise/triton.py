@@ -104,15 +104,9 @@ def _log(value: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def counter_noise(
-    family: tl.constexpr,
-    elements: tl.constexpr,
-    key_low: tl.tensor,
-    key_high: tl.tensor,
-    index: tl.tensor,
-    tensor: tl.tensor,
-    draw: tl.tensor,
-    stream: tl.tensor,
-) -> tl.tensor:
+    family: tl.constexpr, elements: tl.constexpr, key_low: tl.tensor, key_high: tl.tensor, index: tl.tensor,
+    tensor: tl.tensor, draw: tl.tensor, stream: tl.tensor,
+) -> tl.tensor:  # fmt: skip
     """Unit noise of a family for a block of counters, laid out in the order of the elements.
 
     Args:

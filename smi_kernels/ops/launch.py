@@ -165,13 +165,36 @@ def check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> Non
         raise InputError(f"{name} has shape {list(tensor.shape)}. Allowed here: {list(shape)}.")
 
 
+def check_layer(
+    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None, y: Tensor, draws: int
+) -> None:
+    """Raise `InputError` unless a layer's tensors fit x and the result y: ``[draws·M, F]``, or images channels_last."""
+    for name, tensor in (("x", x), ("out_dtype", y)):
+        check_dtype(name, tensor, torch.float32, *LOW_PRECISION)
+    check_dtype("weight", weight, x.dtype)
+    for name, rows in (("scale", scale), ("bias", bias)):
+        check_dtype(name, rows, torch.float32)
+        check_shape(name, rows, (draws, y.shape[1]))
+    check_dtype("residual", residual, y.dtype)
+    check_shape("residual", residual, tuple(y.shape))
+    flat = {"weight": weight, "scale": scale, "bias": bias}
+    for name, images in (("x", x), ("residual", residual)):
+        flat[name] = images.permute(0, 2, 3, 1) if images is not None and images.ndim == 4 else images
+        if images is not None and images.ndim == 4 and not images.is_contiguous(memory_format=torch.channels_last):
+            raise InputError(
+                f"{name} is not contiguous in channels_last order. Allowed: memory_format=torch.channels_last. Call "
+                ".contiguous(memory_format=torch.channels_last) on it."
+            )
+    check_tensors(**flat)
+
+
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def readable(tensor: Tensor) -> Tensor:
+def readable(tensor: Tensor | None) -> Tensor | None:
     """The tensor as a kernel can read it: in the interpreter, which misreads bfloat16, a float32 copy of 16 bits."""
-    return tensor.float() if interpreting() and tensor.dtype in LOW_PRECISION else tensor
+    return tensor.float() if tensor is not None and interpreting() and tensor.dtype in LOW_PRECISION else tensor
 
 
 @contextmanager

@@ -1,6 +1,8 @@
 """What an import of a module that moved says."""
 
 import importlib
+import importlib.util
+import re
 import sys
 
 import pytest
@@ -37,3 +39,17 @@ def test_other_names_fail_as_ever(package):
         importlib.import_module("house.other")
     with pytest.raises(ImportError, match="cannot import name 'other'"):
         exec("from house import other")
+
+
+@pytest.mark.parametrize(
+    "old",
+    [
+        "configs", "folding", "layers", "manifest", "perturbed", "philox", "plan", "reductions", "tracing", "triton",
+        "twins",
+    ],
+)  # fmt: skip
+def test_the_places_of_this_package_are_there(old):
+    with pytest.raises(ModuleNotFoundError, match=rf"^smi_kernels\.{old} has moved\.") as raised:
+        importlib.import_module(f"smi_kernels.{old}")
+    place = re.search(r"now in ([\w.]+\w)", str(raised.value))[1]
+    assert importlib.util.find_spec(place)

@@ -10,17 +10,8 @@ from torch import Tensor
 from smi_kernels.errors import InputError
 from smi_kernels.noise import INDEPENDENT, INPUT, Family
 from smi_kernels.noise.triton import counter_noise
-from smi_kernels.ops.launch import (
-    LOW_PRECISION,
-    Draws,
-    check_dtype,
-    check_tensors,
-    family_kernel,
-    key_words,
-    next_power_of_two,
-    on_device,
-    writable,
-)
+from smi_kernels.ops import launch
+from smi_kernels.ops.launch import Draws
 
 
 def perturb_input(
@@ -55,63 +46,47 @@ def perturb_input(
     Raises:
         InputError: for images or a family that cannot be used.
     """
-    twin = family_kernel(family)
+    twin = launch.family_kernel(family)
     _check(images, dtype, family)
     programs, first_number, signs = which.grid()
     n, channels, height, width = images.shape
     pixels = height * width
-    channels_padded = next_power_of_two(channels)
+    channels_padded = launch.next_power_of_two(channels)
     span = max(128, block // channels_padded)
     aligned = pixels % family.elements == 0
     tiles = triton.cdiv(pixels + (0 if aligned else family.elements - 1), span)
-    group = min(images_per_program, next_power_of_two(n))
+    group = min(images_per_program, launch.next_power_of_two(n))
     out = torch.empty(which.count, n, height, width, channels, dtype=dtype, device=images.device)
-    with on_device(images), writable(out) as target:
+    with launch.on_device(images), launch.writable(out) as target:
         _perturb_input[(tiles * triton.cdiv(n, group), programs)](
             images, target, n, pixels, tiles, float(sigma), which.first, first_number, which.count,
-            *key_words(which.seed), FAMILY=twin, ELEMENTS=family.elements, SIGNS=signs, STREAM=INPUT, ALIGNED=aligned,
-            CHANNELS=channels, CHANNELS_PADDED=channels_padded, SPAN=span, IMAGES=group, num_warps=num_warps,
-            enable_fp_fusion=False,
+            *launch.key_words(which.seed), FAMILY=twin, ELEMENTS=family.elements, SIGNS=signs, STREAM=INPUT,
+            ALIGNED=aligned, CHANNELS=channels, CHANNELS_PADDED=channels_padded, SPAN=span, IMAGES=group,
+            num_warps=num_warps, enable_fp_fusion=False,
         )  # fmt: skip
     return out.view(which.count * n, height, width, channels).permute(0, 3, 1, 2)
 
 
 def _check(images: Tensor, dtype: torch.dtype, family: Family) -> None:
-    check_tensors(images=images)
-    check_dtype("images", images, torch.float32)
+    launch.check_tensors(images=images)
+    launch.check_dtype("images", images, torch.float32)
     if images.ndim != 4 or not images.numel() or images[0].numel() >= 1 << 30:
         raise InputError(
             f"images have shape {list(images.shape)}. Allowed: [N, C, H, W], not empty, below 2³⁰ values an image."
         )
     if family.structure != INDEPENDENT:
         raise InputError(f"The noise family is {family.structure}. Allowed on images: {INDEPENDENT} elements.")
-    if dtype not in (*LOW_PRECISION, torch.float32):
+    if dtype not in (*launch.LOW_PRECISION, torch.float32):
         raise InputError(f"dtype is {dtype}. Allowed: torch.bfloat16, torch.float16, torch.float32.")
 
 
 @triton.jit(do_not_specialize=["n", "tiles", "first", "first_number", "draws", "key_low", "key_high"])
 def _perturb_input(
-    images: tl.tensor,
-    out: tl.tensor,
-    n: tl.tensor,
-    pixels: tl.tensor,
-    tiles: tl.tensor,
-    sigma: tl.tensor,
-    first: tl.tensor,
-    first_number: tl.tensor,
-    draws: tl.tensor,
-    key_low: tl.tensor,
-    key_high: tl.tensor,
-    FAMILY: tl.constexpr,
-    ELEMENTS: tl.constexpr,
-    SIGNS: tl.constexpr,
-    STREAM: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    CHANNELS_PADDED: tl.constexpr,
-    SPAN: tl.constexpr,
-    IMAGES: tl.constexpr,
-) -> None:
+    images: tl.tensor, out: tl.tensor, n: tl.tensor, pixels: tl.tensor, tiles: tl.tensor, sigma: tl.tensor,
+    first: tl.tensor, first_number: tl.tensor, draws: tl.tensor, key_low: tl.tensor, key_high: tl.tensor,
+    FAMILY: tl.constexpr, ELEMENTS: tl.constexpr, SIGNS: tl.constexpr, STREAM: tl.constexpr, ALIGNED: tl.constexpr,
+    CHANNELS: tl.constexpr, CHANNELS_PADDED: tl.constexpr, SPAN: tl.constexpr, IMAGES: tl.constexpr,
+) -> None:  # fmt: skip
     tile, group = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     number = first_number + tl.program_id(1)
     channel = tl.arange(0, CHANNELS_PADDED)[:, None]

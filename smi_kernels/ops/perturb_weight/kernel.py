@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import triton
@@ -12,19 +12,8 @@ from torch import Tensor
 from smi_kernels.errors import InputError
 from smi_kernels.noise import FLIPOUT, INDEPENDENT, PARAMETERS, RANK1, Family
 from smi_kernels.noise.triton import counter_noise
-from smi_kernels.ops.launch import (
-    LOW_PRECISION,
-    Draws,
-    check_dtype,
-    check_shape,
-    check_tensors,
-    family_kernel,
-    key_words,
-    next_power_of_two,
-    on_device,
-    tensor_word,
-    writable,
-)
+from smi_kernels.ops import launch
+from smi_kernels.ops.launch import Draws
 
 _STRUCTURES = {INDEPENDENT: 0, RANK1: 1, FLIPOUT: 2}
 """The kernel's constants for how the noise of a weight is built."""
@@ -72,61 +61,50 @@ def perturb_weight(
     Raises:
         InputError: for tensors, an id or a family that cannot be used.
     """
-    shape = _weight_shape(theta)
+    rows, channels, taps = _sizes(theta)
     structure = family.structure
-    _check(theta, out, scale, factors, structure, which.count, shape)
-    elements, twin = (4, None) if structure == RANK1 else (family.elements, family_kernel(family))
+    _check(theta, out, scale, factors, structure, (which.count, rows, taps, channels))
+    elements, twin = (4, None) if structure == RANK1 else (family.elements, launch.family_kernel(family))
     programs, first_number, signs = (which if structure == INDEPENDENT else replace(which, antithetic=False)).grid()
     block = block or (1024 if elements == 4 else 4096)
-    pairs = _pairs(block, shape.taps, elements)
+    pairs = _pairs(block, taps, elements)
     left, right = factors or (None, None)
-    with on_device(theta), writable(out) as target:
-        _perturb_weight[(triton.cdiv(shape.rows * shape.channels, pairs), programs)](
-            theta, target, scale, left, right, shape.rows, float(std), which.first, first_number, which.count,
-            *key_words(which.seed), tensor_word(tensor), FAMILY=twin, ELEMENTS=elements,
-            STRUCTURE=_STRUCTURES[structure], SIGNS=signs, STREAM=PARAMETERS, CHANNELS=shape.channels,
-            TAPS=shape.taps, PAIRS=pairs, BLOCK=_block(pairs, shape.taps, elements),
+    with launch.on_device(theta), launch.writable(out) as target:
+        _perturb_weight[(triton.cdiv(rows * channels, pairs), programs)](
+            theta, target, scale, left, right, rows, float(std), which.first, first_number, which.count,
+            *launch.key_words(which.seed), launch.tensor_word(tensor), FAMILY=twin, ELEMENTS=elements,
+            STRUCTURE=_STRUCTURES[structure], SIGNS=signs, STREAM=PARAMETERS, CHANNELS=channels,
+            TAPS=taps, PAIRS=pairs, BLOCK=_block(pairs, taps, elements),
             num_warps=num_warps or (4 if block < 4096 else 8), enable_fp_fusion=False,
         )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Shape:
-    rows: int
-    channels: int
-    taps: int
-
-
-def _weight_shape(theta: Tensor) -> _Shape:
+def _sizes(theta: Tensor) -> tuple[int, int, int]:
+    """Rows, channels and taps of a weight."""
     if theta.ndim < 2 or not theta.numel():
         raise InputError(f"theta has shape {list(theta.shape)}. Allowed: [rows, channels, *], not empty.")
     rows, channels = theta.shape[:2]
     if rows * channels >= 1 << 31:
         raise InputError(f"theta has {rows} rows of {channels} channels. Allowed: a product below 2³¹.")
-    return _Shape(rows, channels, theta.shape[2:].numel())
+    return rows, channels, theta.shape[2:].numel()
 
 
 def _check(
-    theta: Tensor,
-    out: Tensor,
-    scale: Tensor | None,
-    factors: tuple[Tensor, Tensor] | None,
-    structure: str,
-    draws: int,
-    shape: _Shape,
-) -> None:
+    theta: Tensor, out: Tensor, scale: Tensor | None, factors: tuple[Tensor, Tensor] | None, structure: str,
+    shape: tuple[int, int, int, int],
+) -> None:  # fmt: skip
     if (factors is None) != (structure == INDEPENDENT):
         raise InputError(f"factors do not fit structure {structure!r}. Allowed: two tensors, or None for independent.")
     left, right = factors or (None, None)
-    check_tensors(theta=theta, out=out, scale=scale, left_factor=left, right_factor=right)
-    columns = shape.channels * (shape.taps if structure == RANK1 else 1)
-    check_shape("out", out, (draws, shape.rows, shape.taps, shape.channels))
-    check_shape("scale", scale, (draws, shape.rows))
-    check_shape("left_factor", left, (draws, shape.rows))
-    check_shape("right_factor", right, (draws, columns))
-    check_dtype("out", out, *LOW_PRECISION, torch.float32)
+    launch.check_tensors(theta=theta, out=out, scale=scale, left_factor=left, right_factor=right)
+    draws, rows, taps, channels = shape
+    launch.check_shape("out", out, shape)
+    launch.check_shape("scale", scale, (draws, rows))
+    launch.check_shape("left_factor", left, (draws, rows))
+    launch.check_shape("right_factor", right, (draws, channels * (taps if structure == RANK1 else 1)))
+    launch.check_dtype("out", out, *launch.LOW_PRECISION, torch.float32)
     for name, tensor in {"theta": theta, "scale": scale, "left_factor": left, "right_factor": right}.items():
-        check_dtype(name, tensor, torch.float32)
+        launch.check_dtype(name, tensor, torch.float32)
 
 
 def _pairs(block: int, taps: int, elements: int) -> int:
@@ -143,34 +121,17 @@ def _pairs(block: int, taps: int, elements: int) -> int:
 
 def _block(pairs: int, taps: int, elements: int) -> int:
     """Elements that one program computes; a power of two that holds its own and those of a counter begun before."""
-    return next_power_of_two(pairs * taps + (0 if taps == 1 else elements - 4))
+    return launch.next_power_of_two(pairs * taps + (0 if taps == 1 else elements - 4))
 
 
 @triton.jit(do_not_specialize=["first", "first_number", "draws", "key_low", "key_high", "tensor"])
 def _perturb_weight(
-    theta: tl.tensor,
-    out: tl.tensor,
-    scale: tl.tensor,
-    left: tl.tensor,
-    right: tl.tensor,
-    rows: tl.tensor,
-    std: tl.tensor,
-    first: tl.tensor,
-    first_number: tl.tensor,
-    draws: tl.tensor,
-    key_low: tl.tensor,
-    key_high: tl.tensor,
-    tensor: tl.tensor,
-    FAMILY: tl.constexpr,
-    ELEMENTS: tl.constexpr,
-    STRUCTURE: tl.constexpr,
-    SIGNS: tl.constexpr,
-    STREAM: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    TAPS: tl.constexpr,
-    PAIRS: tl.constexpr,
+    theta: tl.tensor, out: tl.tensor, scale: tl.tensor, left: tl.tensor, right: tl.tensor, rows: tl.tensor,
+    std: tl.tensor, first: tl.tensor, first_number: tl.tensor, draws: tl.tensor, key_low: tl.tensor,
+    key_high: tl.tensor, tensor: tl.tensor, FAMILY: tl.constexpr, ELEMENTS: tl.constexpr, STRUCTURE: tl.constexpr,
+    SIGNS: tl.constexpr, STREAM: tl.constexpr, CHANNELS: tl.constexpr, TAPS: tl.constexpr, PAIRS: tl.constexpr,
     BLOCK: tl.constexpr,
-) -> None:
+) -> None:  # fmt: skip
     pair0 = tl.program_id(0) * PAIRS
     number = first_number + tl.program_id(1)
     # Elements in θ's order, from the start of a counter on, which may lie before the program's first pair.
@@ -217,18 +178,9 @@ def _perturb_weight(
 
 @triton.jit
 def _structured(
-    left: tl.tensor,
-    right: tl.tensor,
-    base: tl.tensor,
-    draw: tl.tensor,
-    pair0: tl.tensor,
-    mine: tl.tensor,
-    rows: tl.tensor,
-    inside: tl.tensor,
-    STRUCTURE: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    TAPS: tl.constexpr,
-) -> tl.tensor:
+    left: tl.tensor, right: tl.tensor, base: tl.tensor, draw: tl.tensor, pair0: tl.tensor, mine: tl.tensor,
+    rows: tl.tensor, inside: tl.tensor, STRUCTURE: tl.constexpr, CHANNELS: tl.constexpr, TAPS: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     """Noise of structure 1 (rank1) or 2 (flipout) of a draw at elements ``mine`` after the pair ``pair0``."""
     pair, tap = pair0 + mine // TAPS, mine % TAPS
     row, channel = pair // CHANNELS, pair % CHANNELS

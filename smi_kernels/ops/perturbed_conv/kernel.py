@@ -18,18 +18,8 @@ from torch import Tensor
 
 from smi_kernels.epilogues import Epilogue
 from smi_kernels.epilogues.triton import finish
-from smi_kernels.errors import InputError
-from smi_kernels.ops.launch import (
-    LOW_PRECISION,
-    Signs,
-    check_dtype,
-    check_shape,
-    check_tensors,
-    next_power_of_two,
-    on_device,
-    readable,
-    writable,
-)
+from smi_kernels.ops import launch
+from smi_kernels.ops.launch import Signs
 from smi_kernels.ops.perturbed_conv.pack_signs import pack_signs
 from smi_kernels.ops.perturbed_conv.shape import ConvShape, Geometry, conv_shape
 from smi_kernels.ops.signs import perturb_by_sign, rounding
@@ -190,7 +180,7 @@ def conv_tile(m: int, o: int, c: int, dtype: torch.dtype, signs: bool = False) -
         may also have weight_first = 1, to make the weights the first factor.
     """
     tile = next(tile for least_m, least_o, tile in _TILES[_kind(dtype, signs)] if m >= least_m and o >= least_o)
-    return {**tile, "block_k": min(tile["block_k"], max(16, next_power_of_two(c)))}
+    return {**tile, "block_k": min(tile["block_k"], max(16, launch.next_power_of_two(c)))}
 
 
 @dataclass(frozen=True)
@@ -249,24 +239,25 @@ def perturbed_conv(
         (draws * shape.images, shape.outputs, *shape.result),
         dtype=out_dtype or x.dtype, device=x.device, memory_format=torch.channels_last,
     )  # fmt: skip
-    _check(x, weight, packed, bias, residual, y, shape)
+    words, std, scale = (packed.words, packed.std, packed.scale) if packed is not None else (None, 0.0, None)
+    _check_weight(weight, words, shape)
+    launch.check_layer(x, weight, scale, bias, residual, y, draws)
     if y.numel() == 0:
         return y
     per_group = shape.outputs // shape.groups
     merged = shape.taps > 1 and shape.channels <= 16
     tile = tile or _tile(x, shape, merged, packed is not None)
     tiles = -(-shape.pixels // tile["block_m"]) * -(-per_group // tile["block_o"])
-    words, std, scale = (packed.words, packed.std, packed.scale) if packed is not None else (None, 0.0, None)
-    (down, across), (top, left), (high, wide) = geometry.stride, geometry.padding, geometry.dilation
-    with on_device(x), writable(y) as out:
+    with launch.on_device(x), launch.writable(y) as out:
         conv_kernel[(tiles, shape.groups, draws)](
-            readable(x), readable(weight), words, scale, bias, None if residual is None else readable(residual), out,
+            launch.readable(x), launch.readable(weight), words, scale, bias, launch.readable(residual), out,
             std, 0 if shared else x[: shape.images].numel(), 0 if packed is not None else weight[0].numel(),
             shape.pixels, shape.outputs, *shape.image, *shape.result,
             CHANNELS=shape.channels, GROUPS=shape.groups, KERNEL_H=geometry.kernel[0], KERNEL_W=geometry.kernel[1],
-            STRIDE_H=down, STRIDE_W=across, PAD_H=top, PAD_W=left, DILATION_H=high, DILATION_W=wide,
-            EPILOGUE=load_kernel(epilogue.kernel), ROUND=rounding(x.dtype),
-            MERGED=merged, WEIGHT_FIRST=tile.get("weight_first", 0) == 1,
+            STRIDE_H=geometry.stride[0], STRIDE_W=geometry.stride[1], PAD_H=geometry.padding[0],
+            PAD_W=geometry.padding[1], DILATION_H=geometry.dilation[0], DILATION_W=geometry.dilation[1],
+            EPILOGUE=load_kernel(epilogue.kernel), ROUND=rounding(x.dtype), MERGED=merged,
+            WEIGHT_FIRST=tile.get("weight_first", 0) == 1,
             BLOCK_M=tile["block_m"], BLOCK_O=tile["block_o"], BLOCK_K=tile["block_k"],
             num_warps=tile["num_warps"], num_stages=tile["num_stages"], enable_fp_fusion=True,
         )  # fmt: skip
@@ -304,32 +295,12 @@ def _kind(dtype: torch.dtype, signs: bool) -> str:
     return "float32" if dtype == torch.float32 else SIGNS if signs else HALF
 
 
-def _check(
-    x: Tensor, weight: Tensor, packed: Packed | None, bias: Tensor | None, residual: Tensor | None, y: Tensor,
-    shape: ConvShape,
-) -> None:  # fmt: skip
-    one, each = (shape.outputs, shape.taps, shape.channels), (shape.draws, shape.outputs)
-    words = scale = None
-    if packed is None:
-        check_shape("weight", weight, (shape.draws, *one))
-    else:
-        words, scale = packed.words, packed.scale
-        check_shape("theta", weight, one)
-        check_shape("signs", words, (shape.draws, *one[:2], -(-shape.channels // 32)))
-    check_dtype("signs", words, torch.int32)
-    check_dtype("x", x, torch.float32, *LOW_PRECISION)
-    check_dtype("weight", weight, x.dtype)
-    for name, tensor in (("scale", scale), ("bias", bias)):
-        check_dtype(name, tensor, torch.float32)
-        check_shape(name, tensor, each)
-    check_dtype("residual", residual, y.dtype)
-    check_shape("residual", residual, tuple(y.shape))
-    for name, tensor in (("x", x), ("residual", residual)):
-        if tensor is not None and not tensor.is_contiguous(memory_format=torch.channels_last):
-            raise InputError(
-                f"{name} is not contiguous in channels_last order. Allowed: memory_format=torch.channels_last. Call "
-                ".contiguous(memory_format=torch.channels_last) on it."
-            )
-    rows = {name: None if t is None else t.permute(0, 2, 3, 1) for name, t in (("x", x), ("residual", residual))}
-    check_dtype("out_dtype", y, torch.float32, *LOW_PRECISION)
-    check_tensors(**rows, weight=weight, signs=words, scale=scale, bias=bias)
+def _check_weight(weight: Tensor, words: Tensor | None, shape: ConvShape) -> None:
+    one = (shape.outputs, shape.taps, shape.channels)
+    if words is None:
+        launch.check_shape("weight", weight, (shape.draws, *one))
+        return
+    launch.check_shape("theta", weight, one)
+    launch.check_shape("signs", words, (shape.draws, *one[:2], -(-shape.channels // 32)))
+    launch.check_dtype("signs", words, torch.int32)
+    launch.check_tensors(theta=weight, signs=words)

@@ -17,19 +17,8 @@ from smi_kernels.epilogues import Epilogue
 from smi_kernels.epilogues.triton import finish
 from smi_kernels.errors import InputError
 from smi_kernels.noise.triton import philox_words
-from smi_kernels.ops.launch import (
-    LOW_PRECISION,
-    Signs,
-    check_dtype,
-    check_shape,
-    check_tensors,
-    key_words,
-    next_power_of_two,
-    on_device,
-    readable,
-    tensor_word,
-    writable,
-)
+from smi_kernels.ops import launch
+from smi_kernels.ops.launch import Signs
 from smi_kernels.ops.signs import perturb_by_sign, rounding
 from smi_kernels.registry import load_kernel
 
@@ -163,7 +152,7 @@ def linear_tile(m: int, o: int, f: int, dtype: torch.dtype, signs: bool = False)
     kind = "float32" if dtype == torch.float32 else "half"
     table = _TILES[f"{kind}, signs" if signs else kind]
     tile = next(tile for least_m, least_o, tile in table if m >= least_m and o >= least_o)
-    return {**tile, "block_k": SIGN_BLOCK if signs else min(tile["block_k"], max(16, next_power_of_two(f)))}
+    return {**tile, "block_k": SIGN_BLOCK if signs else min(tile["block_k"], max(16, launch.next_power_of_two(f)))}
 
 
 def perturbed_linear(
@@ -203,20 +192,20 @@ def perturbed_linear(
     outputs, features = weight.shape[-2:]
     counter, antithetic, std, scale = (0, 0, 0, 0), False, 0.0, None
     if signs is None:
-        check_shape("weight", weight, (draws, outputs, features))
+        launch.check_shape("weight", weight, (draws, outputs, features))
     else:
         which, std, scale = signs.which, signs.std, signs.scale
-        counter = (tensor_word(signs.tensor), which.first, *key_words(which.seed))
+        counter = (launch.tensor_word(signs.tensor), which.first, *launch.key_words(which.seed))
         antithetic = which.antithetic
     y = torch.empty(draws * rows, outputs, dtype=out_dtype or x.dtype, device=x.device)
-    _check(x, weight, scale, bias, residual, y, draws)
+    launch.check_layer(x, weight, scale, bias, residual, y, draws)
     if y.numel() == 0:
         return y
     tile = tile or linear_tile(rows, outputs, features, x.dtype, signs is not None)
     tiles = -(-rows // tile["block_m"]) * -(-outputs // tile["block_o"])
-    with on_device(x), writable(y) as out:
+    with launch.on_device(x), launch.writable(y) as out:
         linear_kernel[(tiles, 1, draws)](
-            readable(x), readable(weight), scale, bias, None if residual is None else readable(residual), out,
+            launch.readable(x), launch.readable(weight), scale, bias, launch.readable(residual), out,
             std, *counter, 0 if shared else rows * features, 0 if signs is not None else outputs * features, rows,
             outputs, FEATURES=features, SIGNS=signs is not None, ANTITHETIC=antithetic,
             EPILOGUE=load_kernel(epilogue.kernel), ROUND=rounding(x.dtype),
@@ -240,17 +229,3 @@ def _rows(x: Tensor, weight: torch.Size, draws: int, shared: bool) -> int:
     if max(rows * weight[1], rows * weight[0], weight.numel()) >= (1 << 31) - 256:
         raise InputError(f"One draw of {rows} rows has 2³¹ or more elements. Allowed: fewer. Use fewer rows.")
     return rows
-
-
-def _check(
-    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None, y: Tensor, draws: int
-) -> None:
-    check_dtype("x", x, torch.float32, *LOW_PRECISION)
-    check_dtype("weight", weight, x.dtype)
-    for name, given in (("scale", scale), ("bias", bias)):
-        check_dtype(name, given, torch.float32)
-        check_shape(name, given, (draws, y.shape[1]))
-    check_dtype("residual", residual, y.dtype)
-    check_shape("residual", residual, tuple(y.shape))
-    check_tensors(x=x, weight=weight, scale=scale, bias=bias, residual=residual)
-    check_dtype("out_dtype", y, torch.float32, *LOW_PRECISION)

@@ -78,18 +78,9 @@ def _check(clean: Tensor, perturbed: Tensor, labels: Tensor | None, divergence: 
 
 @triton.jit(do_not_specialize=["n"])
 def _score_logits(
-    clean: tl.tensor,
-    perturbed: tl.tensor,
-    labels: tl.tensor,
-    out: tl.tensor,
-    n: tl.tensor,
-    DIVERGENCE: tl.constexpr,
-    REDUCTION: tl.constexpr,
-    K: tl.constexpr,
-    CLASSES: tl.constexpr,
-    CLASSES_PADDED: tl.constexpr,
-    ROWS: tl.constexpr,
-) -> None:
+    clean: tl.tensor, perturbed: tl.tensor, labels: tl.tensor, out: tl.tensor, n: tl.tensor, DIVERGENCE: tl.constexpr,
+    REDUCTION: tl.constexpr, K: tl.constexpr, CLASSES: tl.constexpr, CLASSES_PADDED: tl.constexpr, ROWS: tl.constexpr,
+) -> None:  # fmt: skip
     first = tl.program_id(0) * ROWS
     exists = first + tl.arange(0, ROWS) < n
     row = tl.minimum(first + tl.arange(0, ROWS), n - 1).to(tl.int64)  # past the end: the last again, not stored

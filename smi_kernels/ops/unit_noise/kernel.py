@@ -9,16 +9,8 @@ from torch import Tensor
 
 from smi_kernels.noise import Family
 from smi_kernels.noise.triton import counter_noise
-from smi_kernels.ops.launch import (
-    Draws,
-    as_word,
-    check_dtype,
-    check_shape,
-    check_tensors,
-    family_kernel,
-    key_words,
-    on_device,
-)
+from smi_kernels.ops import launch
+from smi_kernels.ops.launch import Draws
 
 
 def unit_noise(
@@ -40,19 +32,19 @@ def unit_noise(
     Raises:
         InputError: for tensors or a family that cannot be used.
     """
-    twin, (programs, first_number, signs) = family_kernel(family), which.grid()
-    check_tensors(index=index, tensor=tensor)
+    twin, (programs, first_number, signs) = launch.family_kernel(family), which.grid()
+    launch.check_tensors(index=index, tensor=tensor)
     for name, words in (("index", index), ("tensor", tensor)):
-        check_shape(name, words, (index.numel(),))
-        check_dtype(name, words, torch.int64, torch.int32)
+        launch.check_shape(name, words, (index.numel(),))
+        launch.check_dtype(name, words, torch.int64, torch.int32)
     out = torch.empty(which.count, len(index), family.elements, dtype=torch.float32, device=index.device)
     counters = max(1, block // family.elements)
     if not out.numel():
         return out
-    with on_device(out):
+    with launch.on_device(out):
         _unit_noise[(triton.cdiv(len(index), counters), programs)](
-            index, tensor, out, len(index), which.first, first_number, which.count, *key_words(which.seed),
-            as_word(stream), FAMILY=twin, ELEMENTS=family.elements, SIGNS=signs, COUNTERS=counters,
+            index, tensor, out, len(index), which.first, first_number, which.count, *launch.key_words(which.seed),
+            launch.as_word(stream), FAMILY=twin, ELEMENTS=family.elements, SIGNS=signs, COUNTERS=counters,
             enable_fp_fusion=False,
         )  # fmt: skip
     return out
@@ -60,21 +52,10 @@ def unit_noise(
 
 @triton.jit(do_not_specialize=["count", "first", "first_number", "draws", "key_low", "key_high", "stream"])
 def _unit_noise(
-    index: tl.tensor,
-    tensor: tl.tensor,
-    out: tl.tensor,
-    count: tl.tensor,
-    first: tl.tensor,
-    first_number: tl.tensor,
-    draws: tl.tensor,
-    key_low: tl.tensor,
-    key_high: tl.tensor,
-    stream: tl.tensor,
-    FAMILY: tl.constexpr,
-    ELEMENTS: tl.constexpr,
-    SIGNS: tl.constexpr,
-    COUNTERS: tl.constexpr,
-) -> None:
+    index: tl.tensor, tensor: tl.tensor, out: tl.tensor, count: tl.tensor, first: tl.tensor, first_number: tl.tensor,
+    draws: tl.tensor, key_low: tl.tensor, key_high: tl.tensor, stream: tl.tensor, FAMILY: tl.constexpr,
+    ELEMENTS: tl.constexpr, SIGNS: tl.constexpr, COUNTERS: tl.constexpr,
+) -> None:  # fmt: skip
     number = first_number + tl.program_id(1)
     counter = tl.program_id(0) * COUNTERS + tl.arange(0, COUNTERS)[None, :]
     exists = counter < count
