@@ -24,7 +24,7 @@ from smi_kernels import Registry
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Given:
+class SourceInputs:
     """What samples are made from.
 
     Attributes:
@@ -66,7 +66,7 @@ class Source:
     """
 
     label: str
-    make: Callable[[Given], Samples]
+    make: Callable[[SourceInputs], Samples]
     needs_prior: bool = True
     version: int = 1
 
@@ -75,7 +75,7 @@ sources: Registry[Source] = Registry("source")
 """Sources by name."""
 
 
-def make_samples(name: str, given: Given) -> Samples:
+def make_samples(name: str, given: SourceInputs) -> Samples:
     """Samples of the source ``name``, which they carry as their own. Raises `InputError` for what is missing."""
     return replace(sources[name].make(given), source=name)
 
@@ -91,28 +91,28 @@ def _labelled(model: nn.Module, images: Tensor, source: str) -> Samples:
     return Samples(images, logits.argmax(1), logits.shape[1], source)
 
 
-def _total(given: Given) -> int:
+def _total(given: SourceInputs) -> int:
     classes = predict(given.model, given.public.images[:1]).shape[1]
     return given.per_class * classes
 
 
-def _clean(given: Given) -> Samples:
+def _clean(given: SourceInputs) -> Samples:
     if given.private is None:
         raise InputError("The control 'clean' needs the private training set, which only the evaluator has.")
     return clean_control(given.private, per_class=given.per_class, seed=given.seed)
 
 
-def _public(given: Given) -> Samples:
+def _public(given: SourceInputs) -> Samples:
     return pseudo_labelled(given.model, given.public, _total(given), seed=given.seed)
 
 
-def _random(given: Given) -> Samples:
+def _random(given: SourceInputs) -> Samples:
     images = random_images(given.own_prior, _total(given), stream(given.seed, "random"))
     return _labelled(given.model, images, "random")
 
 
 def _inversion(label: str, method: Inversion, selection: Selection | None = None) -> Source:
-    def make(given: Given) -> Samples:
+    def make(given: SourceInputs) -> Samples:
         prior = given.own_prior
         return invert(given.model, prior, method, per_class=given.per_class, selection=selection, seed=given.seed)
 

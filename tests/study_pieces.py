@@ -57,7 +57,7 @@ def logged(store, word):
     return Counter(line.split()[1] for line in lines if line.startswith(f"{word} "))
 
 
-def make_prior(place, store):
+def make_prior(scenario, store):
     log(store, "prior")
     return "prior"
 

@@ -107,7 +107,7 @@ def test_a_study_is_analysed_from_what_is_there(studied):
     assert clean["acc"] == 0.8
     made = list((store.cache / "detectors").iterdir())
     assert len(made) == 2
-    assert len(list((store.cache / "judges").iterdir())) == 1  # one seed, one place
+    assert len(list((store.cache / "judges").iterdir())) == 1  # one seed, one scenario
     elsewhere = Store(store.results, folder / "another cache")
     assert analyse(study, elsewhere) == rows, "what was measured needs no samples again"
     assert sorted(map(str, stored_analysis(store.found(study)))) == sorted(map(str, rows)), "nor the study's file"

@@ -6,14 +6,16 @@ from tiny import TinyPrior, coded_set, noise, tiny_model
 
 from smi.domains import PublicImages
 from smi.errors import InputError
-from smi.sources import Given, make_samples, sources
+from smi.sources import SourceInputs, make_samples, sources
 
 
 @pytest.fixture
 def given(monkeypatch):
     for name in ("Latent", "Pixel", "DeepInversion", "Stabilized"):
         monkeypatch.setattr(f"smi.inversion.{name}.optimise", few_steps)
-    return Given(model=tiny_model(), prior=TinyPrior(), public=PublicImages(noise(20, 1, 8, 8)), per_class=2, seed=3)
+    return SourceInputs(
+        model=tiny_model(), prior=TinyPrior(), public=PublicImages(noise(20, 1, 8, 8)), per_class=2, seed=3
+    )
 
 
 def few_steps(self, task):
@@ -55,7 +57,7 @@ def test_random_samples_are_the_generators(given):
         def generate(self, z):
             return torch.full((len(z), 1, 8, 8), 0.25)
 
-    samples = make_samples("random", Given(model=given.model, prior=Grey(), public=given.public, per_class=2))
+    samples = make_samples("random", SourceInputs(model=given.model, prior=Grey(), public=given.public, per_class=2))
     assert (samples.images == 0.25).all()
 
 
@@ -63,7 +65,7 @@ def test_the_clean_control_comes_from_the_private_set_alone(given):
     with pytest.raises(InputError, match="only the evaluator has"):
         make_samples("clean", given)
     private = coded_set([i % 3 for i in range(12)], classes=3)
-    samples = make_samples("clean", Given(model=given.model, prior=given.prior, public=given.public, per_class=2,
+    samples = make_samples("clean", SourceInputs(model=given.model, prior=given.prior, public=given.public, per_class=2,
                                           private=private))  # fmt: skip
     rows = {image.numpy().tobytes() for image in private.images}
     assert all(image.numpy().tobytes() in rows for image in samples.images)

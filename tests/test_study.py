@@ -34,7 +34,7 @@ def test_a_file_stands_for_its_cells_each_once(small):
     assert len({cell.samples_key for cell in study.cells}) == 4 * 3
     badnets = next(cell for cell in study.cells if cell.attack_name == "badnets")
     assert badnets.attack.size == 3
-    assert badnets.place.train.epochs == 2
+    assert badnets.scenario.train.epochs == 2
     assert next(cell for cell in study.cells if cell.defense_name == "ft").defense.schedule.rounds == 2
     json.dumps([cell.config for cell in study.cells])
 
@@ -108,9 +108,9 @@ def test_the_shipped_studies_load():
     ):  # fmt: skip
         colour = load_study(name)
         assert len(colour) == cells
-        (place,) = {cell.place for cell in colour.cells}
-        assert (place.domain, place.prior) == (f"data/{domain}.npz", "fit")
-        labels = public_classes(place.public)
+        (scenario,) = {cell.scenario for cell in colour.cells}
+        assert (scenario.domain, scenario.prior) == (f"data/{domain}.npz", "fit")
+        labels = public_classes(scenario.public)
         assert labels is None if domain == "cifar10" else (len(labels) == 14 and 0 not in labels)
         assert {cell.per_class for cell in colour.cells} == {per_class}
 
@@ -125,14 +125,14 @@ def test_a_place_keeps_its_paths_as_they_are_written(small, tmp_path, monkeypatc
         study = load_study(small)
         keys.append([cell.key for cell in study.cells])
     assert keys[0] == keys[1]
-    place = study.cells[0].place
-    assert (place.domain, place.public) == ("data/a.npz", "data/b.npz")
+    scenario = study.cells[0].scenario
+    assert (scenario.domain, scenario.public) == ("data/a.npz", "data/b.npz")
     for name in ("a", "b"):
         with pytest.raises(InputError, match=rf"no file data/{name}.npz in {tmp_path}/there"):
-            place.check_present()
+            scenario.check_present()
         (tmp_path / "there" / "data").mkdir(exist_ok=True)
         (tmp_path / "there" / "data" / f"{name}.npz").touch()
-    place.check_present()
+    scenario.check_present()
 
 
 @pytest.mark.parametrize(
@@ -318,9 +318,9 @@ def test_a_precision_that_is_asked_for_makes_other_cells_and_is_recorded(small):
     for name in ("key", "victim_key", "samples_key"):
         assert not {getattr(cell, name) for cell in auto.cells} & {getattr(cell, name) for cell in low.cells}
     assert all("precision" not in cell.config for cell in auto.cells)
-    assert all(cell.config["precision"] == cell.place.precision == "float32" for cell in low.cells)
+    assert all(cell.config["precision"] == cell.scenario.precision == "float32" for cell in low.cells)
     small.write_text('precision = "bfloat16"\n' + small.read_text())
-    assert {cell.place.precision for cell in load_study(small, precision="float32").cells} == {"bfloat16"}
+    assert {cell.scenario.precision for cell in load_study(small, precision="float32").cells} == {"bfloat16"}
     small.write_text(small.read_text().replace("bfloat16", "int8"))
     with pytest.raises(InputError, match=r"precision 'int8'.*Allowed: auto, bfloat16, float16, float32"):
         load_study(small)
@@ -344,7 +344,7 @@ def test_every_piece_is_made_in_the_precision_that_is_asked_for(small, store, mo
     for piece in (
         lambda: stages.make_victim(cell, store),
         lambda: stages.make_cell_samples(cell, store, "victim", None),
-        lambda: stages.make_prior(replace(cell.place, prior="fit"), store),
+        lambda: stages.make_prior(replace(cell.scenario, prior="fit"), store),
         lambda: stages.clean_classifier(cell, store, load_domain("digits")),
         lambda: stages.run_cell(cell, store, "victim", ""),
     ):

@@ -19,11 +19,11 @@ from smi.domains import Domain, load_domain
 from smi.erasure import ANYWHERE
 from smi.priors.base import load_prior
 from smi.runtime.progress import track
-from smi.sources import Given, make_samples
+from smi.sources import SourceInputs, make_samples
 from smi.study.records import Measured, tidy
 from smi.study.results import Row
 from smi.study.spec import Cell, Study, digest
-from smi.study.stages import Store, clean_classifier, is_whole, load_victim, make_prior
+from smi.study.stages import Store, clean_classifier, kept_if_whole, load_victim, make_prior
 
 NONE = "none"  # the attack on a clean model
 CONFIG = Detector()
@@ -49,7 +49,7 @@ class _Model:
     """One model of a study.
 
     Attributes:
-        cell: One of the victim's, or one of the clean model's place.
+        cell: One of the victim's, or one of the clean model's scenario.
         seed: That it was trained with.
         clean: "" for the cell's victim, else which clean model.
     """
@@ -61,7 +61,7 @@ class _Model:
     @property
     def key(self) -> str:
         """Names it: the same for the same model, samples and search."""
-        which = {"place": self.cell.place.identity, "clean": self.clean}
+        which = {"place": self.cell.scenario.identity, "clean": self.clean}
         what: dict[str, Any] = which if self.clean else {"victim": self.cell.victim_key}
         per_class = self.cell.per_class
         return digest(what | {"seed": self.seed, "per_class": per_class, "detector": asdict(CONFIG)})
@@ -85,23 +85,23 @@ def _models(study: Study) -> Iterator[_Model]:
         if cell.victim_key not in seen:
             seen.add(cell.victim_key)
             yield _Model(cell, cell.seed)
-        if (cell.place, cell.seed) not in seen:
-            seen.add((cell.place, cell.seed))
+        if (cell.scenario, cell.seed) not in seen:
+            seen.add((cell.scenario, cell.seed))
             yield _Model(cell, cell.seed, "surrogate")
             yield _Model(cell, JUDGE_SEED + cell.seed, "judge")
 
 
 def _whole(model: _Model, store: Store) -> bool:
-    return is_whole(store.kept("victims", model.cell.victim_key), "victim")
+    return kept_if_whole(store.kept("victims", model.cell.victim_key), "victim")
 
 
 def _measure(model: _Model, store: Store) -> Row:
-    cell, domain = model.cell, load_domain(model.cell.place.domain, public=model.cell.place.public)
+    cell, domain = model.cell, load_domain(model.cell.scenario.domain, public=model.cell.scenario.public)
     net, targets, asr = _loaded(model, store, domain)
-    prior = load_prior(make_prior(cell.place, store))
-    given = Given(model=net, prior=prior, public=domain.public, per_class=cell.per_class, seed=cell.seed)
+    prior = load_prior(make_prior(cell.scenario, store))
+    given = SourceInputs(model=net, prior=prior, public=domain.public, per_class=cell.per_class, seed=cell.seed)
     found = detect(net, make_samples("smi", given), domain.public, CONFIG, seed=cell.seed)
-    row: Row = {"domain": cell.place.domain, "attack": NONE if model.clean else cell.attack_name, "seed": model.seed}
+    row: Row = {"domain": cell.scenario.domain, "attack": NONE if model.clean else cell.attack_name, "seed": model.seed}
     return row | {"asr": asr} | _excess(found, targets)
 
 

@@ -30,7 +30,7 @@ from smi.runtime.compute import predict
 from smi.runtime.files import write_atomic
 from smi.runtime.progress import track
 from smi.runtime.seeding import derive
-from smi.sources import Given, make_samples
+from smi.sources import SourceInputs, make_samples
 
 SOURCES = ("clean", "smi", "latent", "public")
 NONE = "none"  # the attack on a clean model
@@ -85,7 +85,7 @@ def check(
         evaluator = None if attack is None else Evaluator(domain.private.test, attack)
         detection = None  # is of the model and the public images: the same whatever the samples
         for source in wanted:
-            given = Given(
+            given = SourceInputs(
                 model=victim, prior=load_prior(prior), public=domain.public, seed=seed, per_class=per_class,
                 private=domain.private.train,
             )  # fmt: skip

@@ -29,7 +29,7 @@ from smi.runtime.progress import track
 from smi.study.records import Measured, tidy
 from smi.study.results import COLUMNS, Row, known, outcome, read_rows, stored
 from smi.study.spec import NO_SAMPLES, Cell, Study, digest
-from smi.study.stages import Store, is_whole, load_victim
+from smi.study.stages import Store, kept_if_whole, load_victim
 
 JUDGE_SEED = 1000  # is added to the victim's, which stay below it: judge and victim never start from the same weights
 DEFENSE = "erasure"  # a sample set counts once this removal with it is done
@@ -104,9 +104,9 @@ def _measure(cell: Cell, store: Store) -> Row:
     model, attack, _ = load_victim(str(_victim(cell, store)), cell.attack)
     tensors, meta = load_tensors(_samples(cell, store), "samples")
     samples = Samples(tensors["images"], tensors["labels"], meta["num_classes"], cell.source)
-    domain = _domain(cell.place.domain, cell.place.public)
+    domain = _domain(cell.scenario.domain, cell.scenario.public)
     alike = similarity(clean_judge(cell, store, domain), samples, domain.private.test)
-    values: Row = {"domain": cell.place.domain, "attack": cell.attack_name, "source": cell.source, "seed": cell.seed}
+    values: Row = {"domain": cell.scenario.domain, "attack": cell.attack_name, "source": cell.source, "seed": cell.seed}
     values |= {"frechet": alike.frechet, "nearest": alike.nearest, "judge_accuracy": alike.accuracy}
     values |= _scores(model, samples, cell.seed)
     return values | _presence(_detector(cell, store, domain, attack), attack, samples, domain)
@@ -143,8 +143,8 @@ def _residual(images: Tensor, attack: Attack, clean: Tensor) -> float | None:
 
 def clean_judge(cell: Cell, store: Store, domain: Domain) -> nn.Module:
     """A classifier trained on the clean private images with a seed of its own."""
-    train, data, seed = cell.place.train, domain.private.train, JUDGE_SEED + cell.seed
-    key = digest({"domain": cell.place.domain, "public": cell.place.public, "train": asdict(train), "seed": seed})
+    train, data, seed = cell.scenario.train, domain.private.train, JUDGE_SEED + cell.seed
+    key = digest({"domain": cell.scenario.domain, "public": cell.scenario.public, "train": asdict(train), "seed": seed})
     return _kept_model(
         cell, store, "judge", key, data.num_classes, lambda: (train_classifier(data, train, seed=seed), {})
     )[0]
@@ -155,7 +155,7 @@ def _detector(cell: Cell, store: Store, domain: Domain, attack: Attack) -> Detec
 
     def make() -> tuple[nn.Module, dict[str, Any]]:
         seed = JUDGE_SEED + cell.seed
-        made = train_detector(domain.private.train, domain.private.test, attack, cell.place.train, seed=seed)
+        made = train_detector(domain.private.train, domain.private.test, attack, cell.scenario.train, seed=seed)
         return made.model, {"hits": made.hits, "false_alarms": made.false_alarms}
 
     model, rates = _kept_model(cell, store, "detector", cell.victim_key, 2, make)
@@ -167,12 +167,12 @@ def _kept_model(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """A classifier of the cell's architecture and what is known of it: made once and kept, like a victim."""
     file = store.kept(f"{kind}s", key)
-    if not is_whole(file, kind):
+    if not kept_if_whole(file, kind):
         model, known = make()
         save_tensors(file, model.state_dict(), {"kind": kind, "known": known})
     tensors, meta = load_tensors(file, kind)
-    channels = _domain(cell.place.domain, cell.place.public).private.train.images.shape[1]
-    kept = build_classifier(cell.place.train.arch, channels, outputs)
+    channels = _domain(cell.scenario.domain, cell.scenario.public).private.train.images.shape[1]
+    kept = build_classifier(cell.scenario.train.arch, channels, outputs)
     kept.load_state_dict(tensors)
     return kept.eval(), meta["known"]
 

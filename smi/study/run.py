@@ -56,7 +56,7 @@ from smi.runtime.progress import track
 from smi.study import stages
 from smi.study.records import Record, append, tidy, waiting
 from smi.study.results import known, outcome
-from smi.study.spec import Cell, Place, Study
+from smi.study.spec import Cell, Scenario, Study
 from smi.study.stages import Store
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}  # n
 class Stages(Protocol):
     """What computes the pieces: the module `smi.study.stages`, or another in tests."""
 
-    def make_prior(self, place: Place, store: Store) -> str:
+    def make_prior(self, scenario: Scenario, store: Store) -> str:
         """See `stages.make_prior`."""
 
     def make_victim(self, cell: Cell, store: Store) -> str:
@@ -91,7 +91,7 @@ class Stages(Protocol):
 
 
 @dataclass(frozen=True)
-class Ran:
+class StudyOutcome:
     """What a run did: cells that were there before, that it finished, and that failed."""
 
     before: int
@@ -108,7 +108,7 @@ def run_study(
     resource: str | None = None,
     retry: bool = False,
     pieces: Stages = stages,
-) -> Ran:
+) -> StudyOutcome:
     """Compute the cells that are missing. Whatever was finished before stays as it is.
 
     A cell that fails is recorded with its error and does not stop the rest. May be interrupted at any time.
@@ -139,8 +139,8 @@ def run_study(
                 _add(records[key], study, store)
         states = {cell: outcome(cell, records) for cell in study.cells}
         todo = [cell for cell, state in states.items() if state == "missing" or (retry and state == "failed")]
-        for place in {cell.place for cell in todo}:
-            place.check_present()
+        for scenario in {cell.scenario for cell in todo}:
+            scenario.check_present()
         before, failed = len(study) - len(todo), 0
         if todo:
             with _client(scheduler, workers) as client:
@@ -156,7 +156,7 @@ def run_study(
             tidy(store.found(study))
             with suppress(OSError):  # another study's cells are in it
                 store.running.rmdir()
-    return Ran(before, len(todo) - failed, failed)
+    return StudyOutcome(before, len(todo) - failed, failed)
 
 
 def _has_failed(future: Future[Any], found: Any, cell: Cell, study: Study, store: Store) -> bool:
@@ -204,17 +204,17 @@ def submit(
     def task(nearness: int, function: Any, *args: Any) -> Future[Any]:
         return client.submit(function, *args, pure=False, priority=nearness, resources=resource and {resource: 1})
 
-    priors: dict[Place, Future[Any]] = {}
+    priors: dict[Scenario, Future[Any]] = {}
     shared: dict[str, Future[Any]] = {}
     made = {}
     for cell in cells:
-        if cell.needs_prior and cell.place not in priors:
-            priors[cell.place] = task(0, pieces.make_prior, cell.place, store)
+        if cell.needs_prior and cell.scenario not in priors:
+            priors[cell.scenario] = task(0, pieces.make_prior, cell.scenario, store)
         if cell.victim_key not in shared:
             shared[cell.victim_key] = task(0, pieces.make_victim, cell, store)
         victim = shared[cell.victim_key]
         if cell.samples_key not in shared:
-            prior = priors[cell.place] if cell.needs_prior else None
+            prior = priors[cell.scenario] if cell.needs_prior else None
             shared[cell.samples_key] = task(1, pieces.make_cell_samples, cell, store, victim, prior)
         made[task(2, pieces.run_cell, cell, store, victim, shared[cell.samples_key])] = cell
     return made

@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class Scenario:
     """A domain and what the defender has there.
 
     Paths stay as they are written, so that a study names the same cells wherever it lies; relative ones start at the
@@ -63,7 +63,7 @@ class Place:
     @property
     def identity(self) -> dict[str, Any]:
         """Its domain, and the settings that are not the default."""
-        return {"domain": self.domain} | changed(asdict(self), asdict(Place(domain=self.domain)))
+        return {"domain": self.domain} | changed(asdict(self), asdict(Scenario(domain=self.domain)))
 
     def check_present(self) -> None:
         """Raises `InputError` for a name that does not exist or a file that is not there; nothing is read."""
@@ -76,7 +76,7 @@ class Place:
 class Cell:
     """One line of the table: a victim, samples and a removal."""
 
-    place: Place
+    scenario: Scenario
     attack_name: str
     attack: Attack
     source: str
@@ -87,14 +87,14 @@ class Cell:
 
     @property
     def needs_prior(self) -> bool:
-        """Whether its samples come from the place's prior."""
+        """Whether its samples come from the scenario's prior."""
         return self.source != NO_SAMPLES and sources[self.source].needs_prior
 
     @property
     def config(self) -> dict[str, Any]:
         """Everything that the result depends on, as JSON: all settings, and versions that are not 1."""
         return {
-            **self.place.config,
+            **self.scenario.config,
             "attack": _named(self.attack_name, self.attack.settings(), self.attack.version),
             "seed": self.seed,
             "source": self.source,
@@ -124,7 +124,7 @@ class Cell:
     @property
     def _victim(self) -> dict[str, Any]:
         own = changed(self.attack.settings(), type(self.attack)().settings())
-        return self.place.identity | {
+        return self.scenario.identity | {
             "attack": _named(self.attack_name, own, self.attack.version),
             "seed": self.seed,
         }
@@ -141,7 +141,7 @@ class Cell:
     @property
     def title(self) -> str:
         """For messages."""
-        return f"{self.place.domain} {self.attack_name} {self.source} {self.defense_name} seed {self.seed}"
+        return f"{self.scenario.domain} {self.attack_name} {self.source} {self.defense_name} seed {self.seed}"
 
 
 def changed(settings: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
@@ -232,19 +232,19 @@ def _cells(table: Mapping[str, Any], where: str) -> Iterator[Cell]:
             f"{where}: unknown keys {sorted(unknown)}, missing keys {sorted(missing)}. Allowed: {sorted(_KEYS)}."
         )
     train = _with(TrainConfig(), table.get("train", {}), f"{where}: train")
-    places = [
-        _place(name, {"precision": table["precision"]} | own, train, where) for name, own in table["domain"].items()
+    scenarios = [
+        _scenario(name, {"precision": table["precision"]} | own, train, where) for name, own in table["domain"].items()
     ]
     chosen = [(n, _with(attacks[n](), table.get("attack", {}).get(n, {}), f"{where}: attack.{n}"))
               for n in table["attacks"]]  # fmt: skip
     seen = set()
     for grid in table["grid"]:
         pairs = [_pair(source, name, table, where) for source, name in product(grid["sources"], grid["defenses"])]
-        for place, (attack_name, attack), (source, defense_name, defense), seed in product(
-            places, chosen, pairs, table["seeds"]
+        for scenario, (attack_name, attack), (source, defense_name, defense), seed in product(
+            scenarios, chosen, pairs, table["seeds"]
         ):
             cell = Cell(
-                place=place, attack_name=attack_name, attack=attack, source=source, defense_name=defense_name,
+                scenario=scenario, attack_name=attack_name, attack=attack, source=source, defense_name=defense_name,
                 defense=defense, per_class=table.get("per_class", Cell.per_class), seed=seed,
             )  # fmt: skip
             if cell.key not in seen:
@@ -252,10 +252,10 @@ def _cells(table: Mapping[str, Any], where: str) -> Iterator[Cell]:
                 yield cell
 
 
-def _place(name: str, own: Mapping[str, Any], train: TrainConfig, where: str) -> Place:
+def _scenario(name: str, own: Mapping[str, Any], train: TrainConfig, where: str) -> Scenario:
     own = dict(own)
     train = _with(train, own.pop("train", {}), f"{where}: domain.{name}.train")
-    return _with(Place(domain=name, train=train), own, f"{where}: domain.{name}")
+    return _with(Scenario(domain=name, train=train), own, f"{where}: domain.{name}")
 
 
 def _pair(source: str, name: str, table: Mapping[str, Any], where: str) -> tuple[str, str, Defense]:

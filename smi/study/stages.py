@@ -25,11 +25,11 @@ from smi.priors.gan import PriorConfig, fit_prior
 from smi.runtime.compute import circumstances
 from smi.runtime.files import fingerprint, load_tensors, save_tensors
 from smi.runtime.precision import precision
-from smi.sources import Given, make_samples
+from smi.sources import SourceInputs, make_samples
 from smi.study.records import Record, once
-from smi.study.spec import AUTO, NO_SAMPLES, Cell, Place, Study, digest
+from smi.study.spec import AUTO, NO_SAMPLES, Cell, Scenario, Study, digest
 
-PRIOR_SEED = 0  # one prior for all cells of a place
+PRIOR_SEED = 0  # one prior for all cells of a scenario
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "smi"
 
 
-def is_whole(file: Path, kind: str) -> bool:
+def kept_if_whole(file: Path, kind: str) -> bool:
     """Whether a file of the cache is there and whole. One that is damaged is removed, so that it is made again."""
     try:
         load_tensors(file, kind)
@@ -85,44 +85,44 @@ def _domain(domain: str, public: str | None) -> Domain:
     return load_domain(domain, public=public)
 
 
-def make_prior(place: Place, store: Store) -> str:
-    """Train the place's prior, if it is to be trained and is not there. Returns its name or file."""
-    if place.prior != "fit":
-        return place.prior
-    images, config = _domain(place.domain, place.public).public, PriorConfig()
-    made_from = {"public": fingerprint(images.images), "config": asdict(config), "seed": PRIOR_SEED} | _asked(place)
-    file = store.kept("priors", digest(made_from))  # places with the same public images share it
-    if not is_whole(file, "prior"):
+def make_prior(scenario: Scenario, store: Store) -> str:
+    """Train the scenario's prior, if it is to be trained and is not there. Returns its name or file."""
+    if scenario.prior != "fit":
+        return scenario.prior
+    images, config = _domain(scenario.domain, scenario.public).public, PriorConfig()
+    made_from = {"public": fingerprint(images.images), "config": asdict(config), "seed": PRIOR_SEED} | _asked(scenario)
+    file = store.kept("priors", digest(made_from))  # scenarios with the same public images share it
+    if not kept_if_whole(file, "prior"):
         checkpoint = file.with_suffix(".checkpoint")
-        is_whole(checkpoint, "unfinished prior")  # training goes on from it where it is whole
-        with precision(place.precision):
+        kept_if_whole(checkpoint, "unfinished prior")  # training goes on from it where it is whole
+        with precision(scenario.precision):
             prior = fit_prior(images, config, seed=PRIOR_SEED, device=store.device, checkpoint=checkpoint)
         save_prior(prior, file)
     return str(file)
 
 
-def _asked(place: Place) -> dict[str, str]:
+def _asked(scenario: Scenario) -> dict[str, str]:
     """What a precision that was asked for adds to what a file is made from."""
-    return {} if place.precision == AUTO else {"precision": place.precision}
+    return {} if scenario.precision == AUTO else {"precision": scenario.precision}
 
 
 def make_victim(cell: Cell, store: Store) -> str:
     """Train the victim of a cell and measure it, if it is not there. Returns its file."""
     file = store.kept("victims", cell.victim_key)
-    if is_whole(file, "victim"):
+    if kept_if_whole(file, "victim"):
         return str(file)
-    start, domain = time.perf_counter(), _domain(cell.place.domain, cell.place.public)
+    start, domain = time.perf_counter(), _domain(cell.scenario.domain, cell.scenario.public)
     surrogate = clean_classifier(cell, store, domain) if cell.attack.needs_surrogate else None
-    with precision(cell.place.precision):
+    with precision(cell.scenario.precision):
         model, attack = plant(
-            domain.private.train, cell.attack, cell.place.train, surrogate=surrogate, seed=cell.seed,
+            domain.private.train, cell.attack, cell.scenario.train, surrogate=surrogate, seed=cell.seed,
             device=store.device,
         )  # fmt: skip
         before = Evaluator(domain.private.test, attack).measure(model)
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     tensors |= {f"attack.{name}": value for name, value in (attack.fitted or {}).items()}
     meta = {
-        "kind": "victim", "arch": cell.place.train.arch, "channels": domain.private.train.images.shape[1],
+        "kind": "victim", "arch": cell.scenario.train.arch, "channels": domain.private.train.images.shape[1],
         "num_classes": domain.num_classes, "before": asdict(before), "fitted": attack.fitted is not None,
         "seconds": round(time.perf_counter() - start, 3),
     }  # fmt: skip
@@ -132,13 +132,18 @@ def make_victim(cell: Cell, store: Store) -> str:
 
 def clean_classifier(cell: Cell, store: Store, domain: Domain) -> nn.Module:
     """A classifier trained on the clean images, for attacks that are optimised against one; kept like a victim."""
-    train = cell.place.train
-    made_from = {"domain": cell.place.domain, "public": cell.place.public, "train": asdict(train), "seed": cell.seed}
-    made_from |= _asked(cell.place)
+    train = cell.scenario.train
+    made_from = {
+        "domain": cell.scenario.domain,
+        "public": cell.scenario.public,
+        "train": asdict(train),
+        "seed": cell.seed,
+    }
+    made_from |= _asked(cell.scenario)
     file = store.kept("surrogates", digest(made_from))
     data = domain.private.train
-    if not is_whole(file, "surrogate"):
-        with precision(cell.place.precision):
+    if not kept_if_whole(file, "surrogate"):
+        with precision(cell.scenario.precision):
             made = train_classifier(data, train, seed=cell.seed, device=store.device)
         save_tensors(file, made.state_dict(), {"kind": "surrogate"})
     model = build_classifier(train.arch, data.images.shape[1], data.num_classes)
@@ -162,16 +167,16 @@ def make_cell_samples(cell: Cell, store: Store, victim: str, prior: str | None) 
     if cell.source == NO_SAMPLES:
         return ""
     file = store.kept("samples", cell.samples_key)
-    if is_whole(file, "samples"):
+    if kept_if_whole(file, "samples"):
         return str(file)
-    start, domain = time.perf_counter(), _domain(cell.place.domain, cell.place.public)
+    start, domain = time.perf_counter(), _domain(cell.scenario.domain, cell.scenario.public)
     model, _, _ = load_victim(victim, cell.attack)
-    given = Given(
+    given = SourceInputs(
         model=model.to(store.device), prior=None if prior is None else _prior(prior), public=domain.public,
         per_class=cell.per_class, seed=cell.seed,
         private=domain.private.train if cell.source == "clean" else None,
     )  # fmt: skip
-    with precision(cell.place.precision):
+    with precision(cell.scenario.precision):
         samples = make_samples(cell.source, given)
     meta = {"kind": "samples", "num_classes": samples.num_classes, "seconds": round(time.perf_counter() - start, 3)}
     save_tensors(file, {"images": samples.images, "labels": samples.labels}, meta)
@@ -194,14 +199,14 @@ def names_of(cell: Cell) -> Record:
 
 
 def _measured(cell: Cell, store: Store, victim: str, samples: str) -> Record:
-    domain = _domain(cell.place.domain, cell.place.public)
+    domain = _domain(cell.scenario.domain, cell.scenario.public)
     model, attack, before = load_victim(victim, cell.attack)
     given, made = None, 0.0
     if samples:
         tensors, meta = load_tensors(samples, "samples")
         given, made = Samples(tensors["images"], tensors["labels"], meta["num_classes"], cell.source), meta["seconds"]
     start = time.perf_counter()
-    with precision(cell.place.precision):
+    with precision(cell.scenario.precision):
         repair = cell.defense.repair(model.to(store.device), given, domain.public, seed=cell.seed)
         spent = time.perf_counter() - start
         after = Evaluator(domain.private.test, attack).measure(repair.model)
