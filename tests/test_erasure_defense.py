@@ -12,11 +12,11 @@ from torch import nn
 import smi
 from smi.defenses import Erasure, defenses
 from smi.detection import Detector
-from smi.erasure.directions import directions, erase_found, kept_without
+from smi.erasure.directions import directions, erase_found, held_without, kept_without
 from smi.erasure.head import features, head_of
 from smi.erasure.natural import SHOWN, joined, natural_images, spread_of
 from smi.erasure.scan import Scan
-from smi.erasure.search import ANYWHERE, REACHED, Search
+from smi.erasure.search import ANYWHERE, REACHED, Found, Search
 from smi.erasure.tune import Tuning
 from smi.models.store import load_classifier
 from smi.runtime.compute import fingerprint_of, predict
@@ -56,6 +56,27 @@ def test_what_is_kept_without_a_direction_is_seen_on_a_copy(brightened):
     assert kept_without(model, samples, samples.images, [triggers]) == share
     assert fingerprint_of(model) == before
     assert kept_without(nn.Sequential(model, nn.Softmax(1)), samples, samples.images, [triggers]) is None
+
+
+def test_what_a_trigger_keeps_without_its_direction():
+    """A pixel that natural images do not use fires the backdoor; another trigger changes what they use."""
+    body = nn.Linear(16, 3)
+    with torch.no_grad():
+        body.weight.zero_()
+        body.bias.zero_()
+        body.weight[0, 0], body.weight[2, 1], body.weight[1, 15] = 1.0, 1.0, 9.0
+    model, images = nn.Sequential(nn.Flatten(), body).eval(), noise(60, 1, 4, 4)
+    images[..., 3, 3] = 0.01 * images[..., 3, 3]
+    samples = smi.Samples(images, model(images).argmax(1), 3, "clean")
+    pixel, all_of = torch.zeros(2, 16), torch.tensor([1, 1])
+    pixel[0, 15], pixel[1, 0], pixel[1, 15] = 0.9, -0.5, 0.2
+    triggers = Found("additive", all_of, pixel, torch.ones(2), torch.ones(2))
+    held = held_without(model, samples, images, triggers)
+    assert held[0] == 0.0
+    erased, before = copy.deepcopy(model), model(triggers.stamp(images[samples.labels != 1])[1]).argmax(1) == 1
+    erase_found(erased, samples, images, [triggers.select(torch.tensor([1]))])
+    after = erased(triggers.stamp(images[samples.labels != 1])[1]).argmax(1) == 1
+    assert held[1].item() == pytest.approx(after.sum().item() / before.sum().item())
 
 
 LOOK = Detector(search=Search(families=("additive", "masked"), steps=20, restarts=1))
@@ -162,6 +183,15 @@ def test_less_than_a_sign_is_treated_where_natural_images_hardly_notice(brighten
     assert (treated(weak), treated(scan)) == ([], [1])
 
 
+def test_a_direction_is_erased_where_it_takes_the_trigger(monkeypatch):
+    shares = {"additive": torch.tensor([0.1, 0.7]), "masked": torch.tensor([0.5])}
+    triggers = [found([1.0, 1.0]), found([1.0], family="masked")]
+    monkeypatch.setattr("smi.defenses.erasure.held_without", lambda m, images, spread, one: shares[one.family])
+    kept = Erasure()._worth_erasing(None, None, None, triggers)
+    assert [one.targets.tolist() for one in kept] == [[0], [0]]
+    assert [one.targets.tolist() for one in Erasure(held=0.2)._worth_erasing(None, None, None, triggers)] == [[0], []]
+
+
 def test_what_stays_unusual_is_tuned_on_with_what_is_found_then(brightened, monkeypatch):
     model, samples, _ = brightened
     suspect, tuned, erased = [value.clone() for value in model.state_dict().values()], [], []
@@ -169,6 +199,7 @@ def test_what_stays_unusual_is_tuned_on_with_what_is_found_then(brightened, monk
         Erasure, "_left", staticmethod(lambda detection, triggers, treated: treated)
     )  # whatever is done
     monkeypatch.setattr(Erasure, "_kinds", lambda self, scan, triggers: triggers)
+    monkeypatch.setattr(Erasure, "_worth_erasing", lambda self, model, natural, spread, triggers: triggers)
 
     def erase(repaired, samples, public, triggers):
         assert all(map(torch.equal, repaired.state_dict().values(), suspect)), "begun from the suspect"

@@ -9,13 +9,13 @@ import smi
 
 @pytest.mark.parametrize("old", sorted(smi._MOVED))
 def test_a_former_name_says_the_new_one(old):
-    with pytest.raises(ModuleNotFoundError, match="has moved. It is now ") as said:
+    with pytest.raises(ModuleNotFoundError, match=r"has moved\. It is now ") as said:
         import_module(f"smi.{old}")
     import_module(str(said.value).rpartition(" ")[2].removesuffix("."))
 
 
 def test_another_name_fails_as_ever():
-    with pytest.raises(ModuleNotFoundError, match="No module named 'smi.another'"):
+    with pytest.raises(ModuleNotFoundError, match=r"No module named .smi\.another."):
         import_module("smi.another")
 
 

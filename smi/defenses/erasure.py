@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from smi.defenses.base import Defense, Evidence, Repair, defenses
 from smi.detection import Detection, Detector
 from smi.domains.base import PublicImages, Samples
-from smi.erasure.directions import erase_found, kept_without
+from smi.erasure.directions import erase_found, held_without, kept_without
 from smi.erasure.head import head_of
 from smi.erasure.natural import joined, natural_images, spread_of
 from smi.erasure.scan import Scan, look
@@ -43,6 +43,7 @@ class Erasure(Defense):
         least: Excess, in standard deviations, from which a class is treated. Less than what the detector takes for a
             sign: to miss a backdoor costs more than to erase what is natural, unless that costs much
             (`Detector.kept`). A second family of a class is erased from there on, too.
+        held: Share of its reach that a trigger may keep without its direction, for the direction to be erased.
         tuning: The steps after erasing.
         rounds: At most. The first erases and tunes. Where something stays unusual, the next go on tuning, with the
             triggers that were found on the repaired model beside the others.
@@ -53,15 +54,18 @@ class Erasure(Defense):
 
     detector: Detector = field(default_factory=Detector)
     least: float = 1.5
+    held: float = 0.5
     tuning: Tuning = field(default_factory=Tuning)
     rounds: int = 2
     targets: tuple[int, ...] | None = None
     detection: Detection | None = None
 
     name = "erasure"
+    version = 2
 
     def __post_init__(self) -> None:
         check_number("least", self.least, low=0)
+        check_number("held", self.held, low=0)
         check_number("rounds", self.rounds, low=1, integer=True)
 
     def settings(self) -> dict[str, Any]:
@@ -84,7 +88,7 @@ class Erasure(Defense):
         treated = self._treated(model, natural, spread, detection)
         repaired, rng = unfrozen(model), job.rng("erasure")
         shown = self._kinds(detection.scan, detection.scan.of(treated))
-        erase_found(repaired, both, spread, shown)
+        erase_found(repaired, both, spread, self._worth_erasing(model, natural, spread, shown))
         curve, left, found = list[float](), treated, list[Found]()
         for number in range(1, self.rounds + 1):
             curve += tune(repaired, samples, public, shown, self.tuning, rng, job, name=f"tuning {number}")
@@ -140,6 +144,10 @@ class Erasure(Defense):
             return Scan(look(frozen(model), natural.images, natural.labels, treated, config, seed=seed)).tensors()
 
         return Scan.restored(config.families, job.unfinished.once(f"search {number}", searched)).found
+
+    def _worth_erasing(self, model: nn.Module, natural: Samples, spread: Tensor, found: list[Found]) -> list[Found]:
+        """Those of the triggers that lose most of their reach with their direction; the others are tuned against."""
+        return [one.select(held_without(model, natural, spread, one) <= self.held) for one in found]
 
     @staticmethod
     def _left(detection: Detection, found: list[Found], treated: list[int]) -> list[int]:

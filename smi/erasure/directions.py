@@ -43,6 +43,32 @@ def kept_without(model: nn.Module, samples: Samples, natural: Tensor, found: Seq
     return (predict(erased, samples.images).argmax(1) == samples.labels).float().mean()
 
 
+def held_without(model: nn.Module, samples: Samples, natural: Tensor, found: Found) -> Tensor:
+    """How much of its reach each trigger keeps where `erase_found` is done to a copy of the model with it alone.
+
+    Little where it works by that direction. Much where stamped images have nothing else left: without the direction
+    they are all alike, and go where the model sends what it does not know.
+
+    Args:
+        model: The model.
+        samples: Labelled images, whose shifts are looked at and which are stamped.
+        natural: Images ``[N, C, H, W]`` whose features say what is natural.
+        found: Triggers of one family.
+
+    Returns:
+        Shares ``[K]``, 0 or more.
+    """
+    shares = []
+    for index, target in enumerate(found.targets.tolist()):
+        one, erased, others = found.select(torch.tensor([index])), frozen(model), samples.labels != target
+        erase_found(erased, samples, natural, [one])
+        stamped, labels = _stamped(one, samples.images[others], device_of(model)), samples.labels[others]
+        said = (predict(each, stamped).argmax(1) for each in (model, erased))
+        before, after = ((s != labels if target == ANYWHERE else s == target).float().mean().item() for s in said)
+        shares.append(after / max(before, 1e-3))
+    return torch.tensor(shares)
+
+
 def directions(model: nn.Module, head: Head, samples: Samples, found: Sequence[Found]) -> Tensor:
     """The mean shift of the head's input under each trigger, ``[r, F]``; r may be 0.
 
