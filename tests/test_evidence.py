@@ -86,7 +86,7 @@ def test_a_table_has_the_mean_and_the_worst(results):
     sources = made(results, "table", "sources b wanet.asr -wanet.der").splitlines()
     assert sources[0] == "| samples | ACC % | ASR % | DER % | WaNet: ASR % | without WaNet: DER % |"
     assert sources[2] == "| clean samples (control) | 90.0 (90.0) | 13.3 (20.0) | 93.3 (90.0) | 15.0 | 95.0 |"
-    assert set(tables) == {"attacks", "demo", "domains", "forgotten", "removals", "sources"}
+    assert set(tables) == {"attacked", "attacks", "demo", "forgotten", "removals", "sources"}
 
 
 PAGE = """# A <b>page</b>

@@ -12,7 +12,12 @@ from smi.study.results import Row, summarise
 from smi_kernels import Registry
 
 REMOVALS = {"ibau": "I-BAU", "ft": "fine-tuning", "anp": "ANP", "clp": "CLP"}
-LABELS = {"wanet": "WaNet", "cifar10": "CIFAR-10", "gtsrb": "43 traffic signs"}
+LABELS = {"wanet": "WaNet"}
+DOMAINS = {"cifar10": "CIFAR-10", "gtsrb": "43 traffic signs"}
+TRIGGERS = {
+    "badnets": "a patch", "blended": "a blended pattern", "trojan_watermark": "a watermark", "sig": "stripes",
+    "input_aware": "an input-aware pattern", "wanet": "a warp",
+}  # fmt: skip
 
 Made = Callable[..., str]
 tables: Registry[Made] = Registry("table")
@@ -120,19 +125,20 @@ def attacks(results: Committed, study: str) -> str:
     return _table(["attack", "before", *shown.values()], lines)
 
 
-@tables.register("domains")
-def domains(results: Committed, path: str) -> str:
-    """ACC / ASR domain by domain before and after removal, with reconstructions and with clean samples."""
-    by = {(row["domain"], row["source"]): row for row in results.chosen(path)}
-    names = sorted({name for name, _ in by})
-    head = [
-        "WaNet, accuracy and attack success in percent",
-        "before",
-        "300 or 430 reconstructions",
-        "as many clean samples",
-    ]
+@tables.register("attacked")
+def attacked(results: Committed, path: str) -> str:
+    """ACC / ASR model by model before and after removal, with reconstructions and with clean samples."""
+    by = {(row["domain"], row["attack"], row["source"]): row for row in results.chosen(path)}
+    order = [*DOMAINS, *TRIGGERS]
+    models = sorted({(domain, attack) for domain, attack, _ in by}, key=lambda pair: [*map(order.index, pair)])
+    head = ["accuracy / attack success in percent", "before", "300 or 430 reconstructions", "as many clean samples"]
     lines = [
-        [LABELS[n], _both(by[n, "smi"], "_before"), *(_both(by[n, s], "") for s in ("smi", "clean"))] for n in names
+        [
+            f"{DOMAINS[domain]}, {TRIGGERS[attack]}",
+            _both(by[domain, attack, "smi"], "_before"),
+            *(_both(by[domain, attack, source], "") for source in ("smi", "clean")),
+        ]
+        for domain, attack in models
     ]
     return _table(head, lines)
 
