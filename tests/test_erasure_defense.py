@@ -184,7 +184,7 @@ def test_less_than_a_sign_is_treated_where_natural_images_hardly_notice(brighten
 
 
 def test_a_direction_is_erased_where_it_takes_the_trigger(monkeypatch):
-    shares = {"additive": torch.tensor([0.1, 0.7]), "masked": torch.tensor([0.5])}
+    shares = {"additive": torch.tensor([0.1, 0.7]), "masked": torch.tensor([0.25])}
     triggers = [found([1.0, 1.0]), found([1.0], family="masked")]
     monkeypatch.setattr("smi.defenses.erasure.held_without", lambda m, images, spread, one: shares[one.family])
     kept = Erasure()._worth_erasing(None, None, None, triggers)

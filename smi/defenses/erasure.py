@@ -54,7 +54,7 @@ class Erasure(Defense):
 
     detector: Detector = field(default_factory=Detector)
     least: float = 1.5
-    held: float = 0.5
+    held: float = 0.25
     tuning: Tuning = field(default_factory=Tuning)
     rounds: int = 2
     targets: tuple[int, ...] | None = None
