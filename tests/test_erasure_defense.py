@@ -77,6 +77,8 @@ def test_what_a_trigger_keeps_without_its_direction():
     erase_found(erased, samples, images, [triggers.select(torch.tensor([1]))])
     after = erased(triggers.stamp(images[samples.labels != 1])[1]).argmax(1) == 1
     assert held[1].item() == pytest.approx(after.sum().item() / before.sum().item())
+    same = smi.Samples(images, torch.ones(60, dtype=torch.int64), 3, "public")
+    assert held_without(model, same, images, triggers).tolist() == [0.0, 0.0], "no image of another class"
 
 
 LOOK = Detector(search=Search(families=("additive", "masked"), steps=20, restarts=1))

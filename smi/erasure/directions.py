@@ -56,11 +56,14 @@ def held_without(model: nn.Module, samples: Samples, natural: Tensor, found: Fou
         found: Triggers of one family.
 
     Returns:
-        Shares ``[K]``, 0 or more.
+        Shares ``[K]``, 0 or more; 0 where no image is of another class.
     """
     shares = []
     for index, target in enumerate(found.targets.tolist()):
         one, erased, others = found.select(torch.tensor([index])), frozen(model), samples.labels != target
+        if not others.any():  # nothing to be sent there
+            shares.append(0.0)
+            continue
         erase_found(erased, samples, natural, [one])
         stamped, labels = _stamped(one, samples.images[others], device_of(model)), samples.labels[others]
         said = (predict(each, stamped).argmax(1) for each in (model, erased))
