@@ -102,7 +102,10 @@ _MOVED |= {
 
 
 class _Moved:
-    """Says where a module is now that is imported by its former name; asked for what nothing else finds."""
+    """Says where a module is now that is imported by its former name; asked for what nothing else finds.
+
+    As `smi_kernels.moved`, which would load torch.
+    """
 
     @staticmethod
     def find_spec(name: str, path: object = None, target: object = None) -> None:

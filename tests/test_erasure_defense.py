@@ -225,7 +225,19 @@ def test_what_stays_unusual_is_tuned_on_with_what_is_found_then(brightened, monk
     assert not any(torch.equal(first, other) for other in later), "found on the repaired model"
     assert repair.log["rounds"] == 3
     assert repair.evidence.left == [1]
+    assert repair.evidence.unerased == ()
     assert all(map(torch.equal, model.state_dict().values(), suspect))
+
+
+def test_what_is_only_tuned_against_is_said(brightened, monkeypatch):
+    model, samples, _ = brightened
+    monkeypatch.setattr(
+        "smi.defenses.erasure.held_without", lambda m, images, spread, one: torch.ones(len(one.targets))
+    )
+    repair = looking((1,), families=("additive",), steps=2, restarts=1).repair(model, samples)
+    assert repair.evidence.treated == [1]
+    assert repair.evidence.unerased == (1,)
+    assert repair.log["unerased"] == [1]
 
 
 def test_with_public_images_triggers_are_searched_on_them_and_erased_by_their_spread(brightened, monkeypatch):

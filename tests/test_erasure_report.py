@@ -57,6 +57,14 @@ def test_an_excess_is_never_printed_as_the_limit_that_it_is_compared_with():
     assert f"{excess:.1f} standard deviations" in reason(Detection(scan, [0], excess - 0.2, 4.0), 0)
 
 
+def test_a_trigger_that_was_only_tuned_against_is_not_called_erased():
+    run = seen([1], [])
+    run.cleaned.repair.evidence.__dict__["unerased"] = (1,)
+    said = removal_verdict(run)
+    assert "were tuned against, without erasing those to class" in said
+    assert "were erased" not in said
+
+
 @pytest.mark.parametrize(("asked", "why"), [(True, "because that was asked for"), (False, "all the same")])
 def test_no_signs_are_claimed_where_a_class_was_treated_without_one(asked, why):
     said = removal_verdict(seen([1], [], reached=[], asked=asked))

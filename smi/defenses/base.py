@@ -26,10 +26,11 @@ class Evidence:
 
     Attributes:
         detection: The search on the suspect.
-        treated: Classes whose triggers were erased, or `ANYWHERE` alone; none where nothing stood out.
+        treated: Classes whose triggers were erased or tuned against, or `ANYWHERE` alone; none where nothing stood out.
         after: Triggers of those classes on the repaired model; empty for none.
         left: Treated classes that are still reached unusually easily.
         asked: Whether the caller said which classes to treat.
+        unerased: Treated classes of which no direction was erased: their triggers were tuned against alone.
     """
 
     detection: Detection
@@ -37,6 +38,7 @@ class Evidence:
     after: list[Found]
     left: list[int]
     asked: bool = False
+    unerased: tuple[int, ...] = ()
 
     def excess_after(self) -> list[float]:
         """The largest excess in any family that each of the treated classes has on the repaired model."""

@@ -4,9 +4,9 @@ A trigger moves the features, the input of the last linear layer, along few dire
 So: search the smallest trigger to every class in several families (`smi.erasure.search`), on public images where there
 are any (`smi.erasure.natural`); take the classes that are reached the most easily (`smi.erasure.scan`), where the sign
 is weak if natural images hardly notice; take the directions of their triggers out of the last layer in closed form
-(`smi.erasure.head`); train the model to keep its answers under those triggers and under random changes
-(`smi.erasure.tune`), whether anything was found or not, for not every backdoor is; search again, and go on tuning while
-something is unusual.
+(`smi.erasure.head`), of those that are gone with them; train the model to keep its answers under those triggers and
+under random changes (`smi.erasure.tune`), whether anything was found or not, for not every backdoor is; search again,
+and go on tuning while something is unusual.
 """
 
 from __future__ import annotations
@@ -88,7 +88,9 @@ class Erasure(Defense):
         treated = self._treated(model, natural, spread, detection)
         repaired, rng = unfrozen(model), job.rng("erasure")
         shown = self._kinds(detection.scan, detection.scan.of(treated))
-        erase_found(repaired, both, spread, self._worth_erasing(model, natural, spread, shown))
+        worth = self._worth_erasing(model, natural, spread, shown)
+        erase_found(repaired, both, spread, worth)
+        unerased = tuple(sorted(set(treated).difference(*(one.targets.tolist() for one in worth))))
         curve, left, found = list[float](), treated, list[Found]()
         for number in range(1, self.rounds + 1):
             curve += tune(repaired, samples, public, shown, self.tuning, rng, job, name=f"tuning {number}")
@@ -99,9 +101,16 @@ class Erasure(Defense):
             if not left:
                 break
             shown = _joined(shown, found)  # to erase again would undo what was tuned to cancel
-        evidence = Evidence(detection, treated, found, left, asked=self.targets is not None)
+        evidence = Evidence(detection, treated, found, left, asked=self.targets is not None, unerased=unerased)
         rounds = len(curve) // self.tuning.steps
-        log = {"loss": curve, "treated": treated, "rounds": rounds, "left": left, "scan": detection.record()}
+        log = {
+            "loss": curve,
+            "treated": treated,
+            "unerased": list(unerased),
+            "rounds": rounds,
+            "left": left,
+            "scan": detection.record(),
+        }
         if treated:
             log["excess_after"] = evidence.excess_after()
         return Repair(repaired, self.name, samples.source, self.settings(), log, evidence=evidence)

@@ -61,20 +61,24 @@ def evidence_verdict(evidence: Evidence, classes: Sequence[str]) -> str:
     if not treated:
         return f"{detection_verdict(found, classes)} Nothing was erased. {STEADIED}"
     erased, left = (", ".join(named(label, classes) for label in chosen) for chosen in (treated, evidence.left))
+    how = "were erased"
+    if evidence.unerased:
+        alone = ", ".join(named(label, classes) for label in evidence.unerased)
+        how = f"were tuned against, without erasing those to {alone}"
     if not evidence.left and not found.reached:
         why = "because that was asked for" if evidence.asked else "all the same, for that costs little"
-        return f"{detection_verdict(found, classes)} The triggers to {erased} were erased {why}. {STEADIED}"
+        return f"{detection_verdict(found, classes)} The triggers to {erased} {how} {why}. {STEADIED}"
     sign = most_unusual(found.scan, evidence.left or found.reached)
     why = f"{named(sign, classes)} is reached unusually easily. {reason(found, sign)} is a sign"
     if evidence.left:
         return (
-            f"There are signs of a backdoor, and something unusual is left: {why}. The triggers to {erased} were "
-            f"erased, but a new search on the repaired model still reaches {left} more easily than it should. Do not "
+            f"There are signs of a backdoor, and something unusual is left: {why}. The triggers to {erased} "
+            f"{how}, but a new search on the repaired model still reaches {left} more easily than it should. Do not "
             "rely on this model."
         )
     return (
-        f"There are signs of a backdoor, and after the removal none is left: {why}. The triggers to {erased} were "
-        "erased, and a new search on the repaired model finds nothing unusual there. The attacker's own trigger is "
+        f"There are signs of a backdoor, and after the removal none is left: {why}. The triggers to {erased} "
+        f"{how}, and a new search on the repaired model finds nothing unusual there. The attacker's own trigger is "
         "not known, so how much of it still works cannot be measured here."
     )
 
