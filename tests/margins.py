@@ -260,7 +260,8 @@ def one(path, setting, log):
 
 
 def subjects(only):
-    files = [*sorted((ROOT / "notebooks").glob("*.ipynb")), *(ROOT / "tests" / f"test_{name}.py" for name in TESTS)]
+    tests = [file for name in TESTS for file in (ROOT / "tests").rglob(f"test_{name}.py")]
+    files = [*sorted((ROOT / "notebooks").glob("*.ipynb")), *tests]
     chosen = [file for file in files if not only or any(name in file.stem for name in only)]
     return chosen or sys.exit(f"--only names none of {', '.join(file.stem for file in files)}.")
 

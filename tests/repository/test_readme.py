@@ -17,7 +17,7 @@ from smi.dev import evidence
 from smi.dev.committed import Committed
 from smi.study.results import as_csv, from_csv, stored, summarise
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "notebooks/results"
 CELLS = {
     "digits": 504, "distillation": 36, "firm": 72, "trusted": 324, "restarted": 72, "forgetting": 72,

@@ -13,7 +13,7 @@ from smi.erasure import head, scan, search
 from smi.erasure.search import Search
 from smi.erasure.tune import Tuning
 
-PAGE = (Path(__file__).parents[1] / "notebooks/results/DECISIONS.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "notebooks/results/DECISIONS.md").read_text(encoding="utf-8")
 CLASSES = {kind.__name__: kind() for kind in (Detector, Erasure, Search, Tuning)}
 MODULES = (detection, head, scan, search)
 NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?")

@@ -18,7 +18,7 @@ import pytest
 from smi.errors import InputError
 from smi.tutorial.lab import FIRST, lab_command, notebooks_folder
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_a_checkout_is_worked_on_in_place():

@@ -13,7 +13,7 @@ from smi.domains import PrivateSet
 from smi.errors import InputError
 from smi.plotting.attacks import draw_attacks
 
-PICTURE = Path(__file__).parent.parent / "notebooks/results/attacks.png"
+PICTURE = Path(__file__).parents[2] / "notebooks/results/attacks.png"
 
 
 def data(channels=1):

@@ -13,7 +13,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from smi.dev import notebooks
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((ROOT / "notebooks").glob("*.ipynb"))
 CELLS = ["total = sum([20, 22])\nprint('total', total)", "object()", "total / 4"]
 

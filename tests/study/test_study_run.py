@@ -77,7 +77,7 @@ if __name__ == "__main__":
 def start(folder):
     script = folder / "run.py"
     script.write_text(SCRIPT.format(folder=str(folder)))
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     env = os.environ | {"PYTHONPATH": path, "STUDY_WAIT": "0.4"}
     return subprocess.Popen([sys.executable, str(script)], env=env, stdout=subprocess.PIPE, text=True)
 
@@ -169,7 +169,7 @@ def in_session(leader):
 def test_stopping_ends_the_workers_and_says_how_far_it_is(small, store, tmp_path, number, begins):
     script = tmp_path / "command.py"
     script.write_text(COMMAND)
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     where = ["--out", str(store.results), "--cache", str(store.cache)]
     process = subprocess.Popen(
         [sys.executable, str(script), "study", "run", str(small), *where, "--workers", "2"],

@@ -16,7 +16,7 @@ LOST = {"prior": 2, "inversion": 1, "removal": 12}  # optimizer steps, at most
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", LOST)
 def test_work_that_is_killed_goes_on_to_the_same_result(tmp_path, stage):
-    script = Path(__file__).with_name("killed.py")
+    script = Path(__file__).parents[1] / "killed.py"
     done = subprocess.run(
         [sys.executable, script, stage, tmp_path, str(TIMES)], capture_output=True, text=True, timeout=1200
     )

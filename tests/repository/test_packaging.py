@@ -18,7 +18,7 @@ from packaging.specifiers import SpecifierSet
 
 import smi
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text())
 CONDA_TO_PYPI = {"pytorch": "torch", "matplotlib-base": "matplotlib"}

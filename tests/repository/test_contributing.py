@@ -21,7 +21,7 @@ from smi_kernels import stability_scores
 from smi_kernels.noise import families
 from smi_kernels.testing import _check_moments
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 BLOCKS = re.findall(r"```python\n(?:# (\S+\.py)\n)?(.*?)```", TEXT, flags=re.DOTALL)
 """File, if the first line names one, and code of each example."""
