@@ -125,8 +125,8 @@ def run_study(
         pieces: What computes the cells.
 
     Raises:
-        InputError: Where another run is at work on the same results, a domain's files are not there, files cannot be
-            written, or the cluster has no worker or goes away.
+        InputError: Where Dask is not installed, another run is at work on the same results, a domain's files are not
+            there, files cannot be written, or the cluster has no worker or goes away.
     """
     if resource is not None and scheduler is None:
         raise InputError("A resource says which workers of a cluster are meant. Name the cluster's scheduler, too.")
@@ -279,8 +279,14 @@ def _alone(folder: Path) -> Iterator[None]:
 @contextmanager
 def _client(scheduler: str | None, workers: int) -> Iterator[Client]:
     """A client of a running cluster, or of one that lives as long as the block does."""
-    import dask
-    from distributed import Client, LocalCluster
+    try:
+        import dask
+        from distributed import Client, LocalCluster
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"The cells of a study are computed by Dask, and {error.name} is not installed. To install it: pip install "
+            '"distributed>=2024.8".'
+        ) from error
 
     if scheduler is not None:
         try:

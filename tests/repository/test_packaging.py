@@ -67,7 +67,8 @@ def test_environment_yml_comes_from_conda_forge_and_installs_the_project():
 
 
 def test_environment_yml_and_pyproject_agree():
-    ours = by_name(PROJECT["dependencies"])
+    extra = by_name(PROJECT["optional-dependencies"]["study"])  # conda has no extras
+    ours = by_name(PROJECT["dependencies"]) | extra
     pip = by_name(entry for entry in from_pip() if not entry.startswith("-"))
     theirs = {name: r for name, r in conda().items() if name not in CONDA_ONLY} | pip
     assert {name: r.specifier for name, r in theirs.items()} == {name: r.specifier for name, r in ours.items()}
@@ -87,9 +88,12 @@ def test_ipykernel_is_in_range_here():
     assert conda()["ipykernel"].specifier.contains(version("ipykernel"))
 
 
-@pytest.mark.parametrize("name", sorted(by_name(PROJECT["optional-dependencies"]["test"])))
-def test_test_packages_are_in_range_here(name):
-    requirement = by_name(PROJECT["optional-dependencies"]["test"])[name]
+OPTIONAL = {e: by_name(PROJECT["optional-dependencies"][e]) for e in ("study", "test")}
+
+
+@pytest.mark.parametrize(("extra", "name"), [(extra, name) for extra, found in OPTIONAL.items() for name in found])
+def test_optional_packages_are_in_range_here(extra, name):
+    requirement = OPTIONAL[extra][name]
     assert requirement.specifier.contains(version(name), prereleases=True)
 
 

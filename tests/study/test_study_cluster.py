@@ -1,6 +1,7 @@
 """Studies on a cluster: which workers are used, and what happens when some or all of it goes away."""
 
 import gc
+import sys
 import threading
 
 import pytest
@@ -54,6 +55,13 @@ def test_a_scheduler_that_is_not_there(small, store, monkeypatch, address):
     with pytest.raises(InputError, match="No Dask scheduler answers at"):
         run_study(load_study(small), store, scheduler=address, pieces=study_pieces)
     gc.collect()  # now: later it may happen in the thread of another cluster, which Dask then fails to start
+
+
+def test_without_dask_it_says_how_to_get_it(small, store, monkeypatch):
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(InputError, match=r'Dask, and distributed is not installed.* pip install "distributed>=2024.8"'):
+        run_study(load_study(small), store, pieces=study_pieces)
+    assert not list(store.results.rglob("*.jsonl"))
 
 
 def test_a_scheduler_that_goes_away(small, store, monkeypatch):
