@@ -3,10 +3,10 @@
 A trigger moves the features, the input of the last linear layer, along few directions that natural images hardly use.
 So: search the smallest trigger to every class in several families (`smi.erasure.search`), on public images where there
 are any (`smi.erasure.natural`); take the classes that are reached the most easily (`smi.erasure.scan`), where the sign
-is weak if natural images hardly notice; take the directions of their triggers out of the last layer in closed form
-(`smi.erasure.head`), of those that are gone with them; train the model to keep its answers under those triggers and
-under random changes (`smi.erasure.tune`), whether anything was found or not, for not every backdoor is; search again,
-and go on tuning while something is unusual.
+is weak if natural images hardly notice; take the direction of the trigger by which a class is the most unusual out of
+the last layer in closed form (`smi.erasure.head`), where the trigger is gone with it; train the model to keep its
+answers under the triggers of all families and under random changes (`smi.erasure.tune`), whether anything was found or
+not, for not every backdoor is; search again, and go on tuning while something is unusual.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from smi.defenses.base import Defense, Evidence, Repair, defenses
@@ -42,7 +41,7 @@ class Erasure(Defense):
         detector: How classes are searched and compared.
         least: Excess, in standard deviations, from which a class is treated. Less than what the detector takes for a
             sign: to miss a backdoor costs more than to erase what is natural, unless that costs much
-            (`Detector.kept`). A second family of a class is erased from there on, too.
+            (`Detector.kept`).
         held: Share of its reach that a trigger may keep without its direction, for the direction to be erased.
         tuning: The steps after erasing.
         rounds: At most. The first erases and tunes. Where something stays unusual, the next go on tuning, with the
@@ -61,7 +60,7 @@ class Erasure(Defense):
     detection: Detection | None = None
 
     name = "erasure"
-    version = 2
+    version = 3
 
     def __post_init__(self) -> None:
         check_number("least", self.least, low=0)
@@ -87,10 +86,10 @@ class Erasure(Defense):
         detection = self._detection(model, samples.num_classes, natural, spread, job)
         treated = self._treated(model, natural, spread, detection)
         repaired, rng = unfrozen(model), job.rng("erasure")
-        shown = self._kinds(detection.scan, detection.scan.of(treated))
-        worth = self._worth_erasing(model, natural, spread, shown)
+        worth = self._worth_erasing(model, natural, spread, detection.scan.strongest_of(treated))
         erase_found(repaired, both, spread, worth)
         unerased = tuple(sorted(set(treated).difference(*(one.targets.tolist() for one in worth))))
+        shown = detection.scan.of(treated)  # of every family: to tune against one costs little, to erase one much
         curve, left, found = list[float](), treated, list[Found]()
         for number in range(1, self.rounds + 1):
             curve += tune(repaired, samples, public, shown, self.tuning, rng, job, name=f"tuning {number}")
@@ -100,7 +99,7 @@ class Erasure(Defense):
             left = self._left(detection, found, treated)
             if not left:
                 break
-            shown = _joined(shown, found)  # to erase again would undo what was tuned to cancel
+            shown = [*shown, *found]  # to erase again would undo what was tuned to cancel
         evidence = Evidence(detection, treated, found, left, asked=self.targets is not None, unerased=unerased)
         rounds = len(curve) // self.tuning.steps
         log = {
@@ -140,7 +139,7 @@ class Erasure(Defense):
         scan, free = detection.scan, list[int]()
         candidates = self.detector.candidates(scan, self.least)
         for label in sorted(set(candidates) - set(detection.reached), key=lambda label: -scan.strongest(label)[1]):
-            share = kept_without(model, natural, spread, self._kinds(scan, scan.of([*free, label])))
+            share = kept_without(model, natural, spread, scan.strongest_of([*free, label]))
             if share is not None and share > self.detector.kept:
                 free.append(label)
         return sorted({*detection.reached, *free})
@@ -165,24 +164,3 @@ class Erasure(Defense):
         excess = scan.excess_anywhere(found)[:, None] if treated == [ANYWHERE] else scan.excess(found)
         pairs = zip(treated, excess.amax(0).tolist(), strict=True)
         return [label for label, value in pairs if value > detection.limit_of(label)]
-
-    def _kinds(self, scan: Scan, found: list[Found]) -> list[Found]:
-        """Those of the triggers whose directions are erased.
-
-        That is those by whose family their class is reached the most easily, and the second most where that alone would
-        be enough to treat it: else it is not why the class is unusual, and its direction is a natural one. To
-        `ANYWHERE` the first alone: it has a direction a class.
-        """
-        excess = dict(zip(scan.classes, scan.excess().T, strict=True))
-        taken = {}
-        for label, row in excess.items():
-            first, second = row.topk(min(2, len(row))).values[[0, -1]]
-            taken[label] = (row == first) | ((row >= second) & (row > self.least))
-        anywhere = scan.excess_anywhere()
-        taken[ANYWHERE] = anywhere == anywhere.max()
-        kept = [[bool(taken[label][place]) for label in one.targets.tolist()] for place, one in enumerate(found)]
-        return [one.select(torch.tensor(mask, dtype=torch.bool)) for one, mask in zip(found, kept, strict=True)]
-
-
-def _joined(some: list[Found], others: list[Found]) -> list[Found]:
-    return [one.joined(other) for one, other in zip(some, others, strict=True)]

@@ -126,6 +126,10 @@ class Scan:
         row = self.excess_anywhere() if target == ANYWHERE else self.excess()[:, self.classes.index(target)]
         return self.of([target])[int(row.argmax())], row.max().item()
 
+    def strongest_of(self, classes: Sequence[int]) -> list[Found]:
+        """The `strongest` trigger to each of these classes."""
+        return [self.strongest(target)[0] for target in classes]
+
     def of(self, classes: Sequence[int]) -> list[Found]:
         """The triggers on the suspect to these classes."""
         return [one.select(torch.isin(one.targets, torch.tensor(list(classes)))) for one in self.found]

@@ -80,11 +80,6 @@ class Found:
         """Every image under every trigger: ``[K, N, C, H, W]``."""
         return families[self.family].stamp(self.numbers.to(images.device), images)
 
-    def joined(self, other: Found) -> Found:
-        """Those of the same family, and those of ``other``."""
-        pairs = ((getattr(self, name), getattr(other, name)) for name in PARTS)
-        return Found(self.family, *[torch.cat(pair) for pair in pairs])
-
     def select(self, chosen: Tensor) -> Found:
         """Those at ``chosen``."""
         return Found(self.family, *[getattr(self, name)[chosen] for name in PARTS])

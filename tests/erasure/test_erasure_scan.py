@@ -201,3 +201,21 @@ def test_a_search_draws_alike_on_every_model(few_digits):
         frozen(tiny_model(size=32, classes=10, seed=1)), few_digits.images, few_digits.labels, [0, 3], config, seed=5
     )
     assert not torch.equal(first[0].numbers, other[0].numbers)
+
+
+def test_the_strongest_trigger_of_a_class_is_that_by_which_it_is_the_most_unusual():
+    sizes = {"additive": [4.0, 1.0, 4.0, 4.0, 3.0], "masked": [4.0, 1.5, 4.0, 4.0, 2.4]}
+    scan = Scan([found(one, family=name) for name, one in sizes.items()])
+    assert scan.excess()[:, 1].tolist() == pytest.approx([6.93, 2.80], abs=0.01)
+    assert scan.excess()[:, 4].tolist() == pytest.approx([1.44, 1.46], abs=0.01)
+    assert [(one.family, one.targets.tolist()) for one in scan.strongest_of([1, 4])] == [
+        ("additive", [1]),
+        ("masked", [4]),
+    ]
+
+
+def test_that_to_anywhere_is_seen_against_the_easiest_class():
+    sizes, targets = (("additive", 2.0), ("masked", 1.0)), [0, 1, 2, 3, ANYWHERE]
+    scan = Scan([found([4.0] * 4 + [size], targets=targets, family=name) for name, size in sizes])
+    (one,) = scan.strongest_of([ANYWHERE])
+    assert (one.family, one.targets.tolist()) == ("masked", [ANYWHERE])
