@@ -19,6 +19,8 @@ TRIGGERS = {
     "input_aware": "an input-aware pattern", "wanet": "a warp",
 }  # fmt: skip
 
+NETWORKS = {"small_vgg": "", "elu_vgg": " on a VGG with ELU", "small_preact": " on a pre-activation ResNet"}
+
 Made = Callable[..., str]
 tables: Registry[Made] = Registry("table")
 """Tables by name."""
@@ -128,17 +130,17 @@ def attacks(results: Committed, study: str) -> str:
 @tables.register("attacked")
 def attacked(results: Committed, path: str) -> str:
     """ACC / ASR model by model before and after removal, with reconstructions and with clean samples."""
-    by = {(row["domain"], row["attack"], row["source"]): row for row in results.chosen(path)}
-    order = [*DOMAINS, *TRIGGERS]
-    models = sorted({(domain, attack) for domain, attack, _ in by}, key=lambda pair: [*map(order.index, pair)])
+    by = {(row["domain"], row["architecture"], row["attack"], row["source"]): row for row in results.chosen(path)}
+    order = [*DOMAINS, *NETWORKS, *TRIGGERS]
+    models = sorted({key[:3] for key in by}, key=lambda model: [*map(order.index, model)])
     head = ["accuracy / attack success in percent", "before", "300 or 430 reconstructions", "as many clean samples"]
     lines = [
         [
-            f"{DOMAINS[domain]}, {TRIGGERS[attack]}",
-            _both(by[domain, attack, "smi"], "_before"),
-            *(_both(by[domain, attack, source], "") for source in ("smi", "clean")),
+            f"{DOMAINS[domain]}{NETWORKS[network]}, {TRIGGERS[attack]}",
+            _both(by[domain, network, attack, "smi"], "_before"),
+            *(_both(by[domain, network, attack, source], "") for source in ("smi", "clean")),
         ]
-        for domain, attack in models
+        for domain, network, attack in models
     ]
     return _table(head, lines)
 
