@@ -1,11 +1,11 @@
 """Tuning: a model learns to say of changed images what it says of them unchanged.
 
-Two kinds of changes. Those that were found: the triggers that were erased, for a trigger that is found is not quite the
-one that was planted, and where the planted one moves the features far, what the found direction misses of it is still
-enough to fool. And random ones of every kind that is searched for (`Family.change`), which nobody had to find: many a
-backdoor is a narrow response to a pattern, and a model that is held to its own answers under patterns of all sorts
-loses it. The teacher is the model as it was before the first step, so an *erased* one: the suspect's answers would
-bring the direction back. No label is needed, and images of any kind will do.
+Two kinds of changes. Those that were found: the triggers to the treated classes, for a trigger that is found is not
+quite the one that was planted, and where the planted one moves the features far, what the found direction misses of it
+is still enough to fool. And random ones of every kind that is searched for (`Family.change`), which nobody had to find:
+many a backdoor is a narrow response to a pattern, and a model that is held to its own answers under patterns of all
+sorts loses it. The teacher is the model as it was before the first step, so an *erased* one: the suspect's answers
+would bring the direction back. No label is needed, and images of any kind will do.
 
 Kin: Zheng et al., "Improving the Robustness of Deep Neural Networks via Stability Training", CVPR 2016, which holds a
 classifier to its own answers under white noise.
@@ -77,7 +77,7 @@ def tune(
         model: The erased model, or any other.
         samples: Images of its classes. Their labels are not used.
         public: Public images, or None.
-        found: Triggers that were erased; none will do.
+        found: Triggers to the treated classes; none will do.
         config: See `Tuning`.
         rng: Draws batches, triggers and changes.
         job: From whose state it goes on.

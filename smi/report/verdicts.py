@@ -61,7 +61,7 @@ def evidence_verdict(evidence: Evidence, classes: Sequence[str]) -> str:
     if not treated:
         return f"{detection_verdict(found, classes)} Nothing was erased. {STEADIED}"
     erased, left = (", ".join(named(label, classes) for label in chosen) for chosen in (treated, evidence.left))
-    how = "were erased"
+    how = "were tuned against, and the direction of each class's strongest was erased"
     if evidence.unerased:
         alone = ", ".join(named(label, classes) for label in evidence.unerased)
         how = f"were tuned against, without erasing those to {alone}"

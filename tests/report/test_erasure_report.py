@@ -62,14 +62,17 @@ def test_a_trigger_that_was_only_tuned_against_is_not_called_erased():
     run.cleaned.repair.evidence.__dict__["unerased"] = (1,)
     said = removal_verdict(run)
     assert "were tuned against, without erasing those to class" in said
-    assert "were erased" not in said
+    assert "was erased" not in said
 
 
 @pytest.mark.parametrize(("asked", "why"), [(True, "because that was asked for"), (False, "all the same")])
 def test_no_signs_are_claimed_where_a_class_was_treated_without_one(asked, why):
     said = removal_verdict(seen([1], [], reached=[], asked=asked))
     assert said.startswith("No sign of a backdoor was found")
-    assert f"The triggers to class “<b>1” were erased {why}" in said
+    assert (
+        f"The triggers to class “<b>1” were tuned against, and the direction of each class's strongest was erased {why}"
+        in said
+    )
     assert "signs" not in said
 
 
